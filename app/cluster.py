@@ -1,0 +1,229 @@
+"""The Ray cluster: join the one that runs a job, or start a private one on this machine.
+
+The local cluster is a real one (`ray start --head`): token authentication, loopback only, free ports, its own temp
+folder, dashboard up. Its folder holds the token, the API key, the log and `env`, a shell file to source.
+It does not describe remote clusters; ray_cluster.yaml and deploy/ do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+from app.config import Config
+
+logger = logging.getLogger(__name__)
+
+API_KEY_VARIABLE = "ZERO_TO_ONE_API_KEY"
+START_SECONDS = 90
+STOP_SECONDS = 30
+# Without the second, Ray turns --node-ip-address=127.0.0.1 into the machine's outer address and listens there; a client
+# must have it too, before `import ray`.
+PRIVATE = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+class LocalClusterConfig(Config):
+    """Settings of the private cluster of this machine."""
+
+    folder: str = Field(".cluster", description="where its token, log and address are kept")
+    num_cpus: int = Field(0, description="logical CPUs; 0 means cores + 2, so that a served model and a job both fit")
+    object_store_bytes: int = Field(1 << 30, description="shared memory for Ray objects")
+    dashboard_port: int = Field(8265, description="preferred port; the next free one is taken")
+    endpoint_port: int = Field(8000, description="preferred port of the OpenAI endpoint; the next free one is taken")
+
+
+class LocalCluster(BaseModel):
+    """A running private cluster: how to reach it and what to remove when it stops."""
+
+    pid: int
+    address: str  # host:port for ray.init
+    dashboard_url: str
+    endpoint_port: int
+    folder: Path
+    temp_dir: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that the ray command, a driver and the openai client need."""
+        return {
+            "RAY_ADDRESS": self.address,
+            "RAY_API_SERVER_ADDRESS": self.dashboard_url,  # `ray job`
+            "RAY_DASHBOARD_ADDRESS": self.dashboard_url,  # `serve deploy`
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
+            **PRIVATE,
+            "OPENAI_BASE_URL": f"http://127.0.0.1:{self.endpoint_port}/v1",
+            "OPENAI_API_KEY": (self.folder / "api_key").read_text().strip(),
+        }
+
+
+def connect() -> None:
+    """Join the cluster this process belongs to; a local one is started when there is none."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING)
+
+
+def has_gpu() -> bool:
+    """Whether any node of the joined cluster has a GPU."""
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def start_local(config: LocalClusterConfig) -> LocalCluster:
+    """Start the private cluster, or return the one that already runs in the folder.
+
+    Raises ValueError with the end of its log when it does not come up.
+    """
+    folder = Path(config.folder).resolve()
+    if running := find_local(folder):
+        return running
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("token", "api_key"):
+        _write_secret(folder / name, secrets.token_hex(32))
+    temp_dir = Path("/tmp") / f"z21-{hashlib.sha256(str(folder).encode()).hexdigest()[:10]}"  # socket paths are short
+    gcs_port, dashboard_port, endpoint_port = _free_ports(6379, config.dashboard_port, config.endpoint_port)
+    command = _command(config, temp_dir, gcs_port, dashboard_port)
+    with (folder / "ray.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, env=_environment(folder)
+        )
+    cluster = LocalCluster(
+        pid=process.pid,
+        address=f"127.0.0.1:{gcs_port}",
+        dashboard_url=f"http://127.0.0.1:{dashboard_port}",
+        endpoint_port=endpoint_port,
+        folder=folder,
+        temp_dir=temp_dir,
+    )
+    (folder / "cluster.json").write_text(cluster.model_dump_json(indent=2))
+    exports = "".join(f"export {name}='{value}'\n" for name, value in cluster.environment.items())
+    _write_secret(folder / "env", exports)
+    _wait_until_up(cluster, process)
+    return cluster
+
+
+def find_local(folder: Path) -> LocalCluster | None:
+    """The cluster that runs in the folder, or None."""
+    record = folder / "cluster.json"
+    if not record.exists():
+        return None
+    cluster = LocalCluster.model_validate(json.loads(record.read_text()))
+    return cluster if _is_ours(cluster) else None
+
+
+def stop_local(folder: Path) -> bool:
+    """Stop the cluster of the folder, remove its temp folder and secrets; False if none was running."""
+    folder = folder.resolve()
+    cluster = find_local(folder)
+    if cluster:
+        os.kill(cluster.pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        while _is_ours(cluster) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        _kill_group(cluster.pid)
+        shutil.rmtree(cluster.temp_dir, ignore_errors=True)
+    for name in ("cluster.json", "token", "api_key", "env"):
+        (folder / name).unlink(missing_ok=True)
+    return cluster is not None
+
+
+def _command(config: LocalClusterConfig, temp_dir: Path, gcs_port: int, dashboard_port: int) -> list[str]:
+    client_port, agent_port = _free_ports(20001, 20002)
+    options = {
+        "port": gcs_port,
+        "node-ip-address": "127.0.0.1",
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard_port,
+        "dashboard-agent-listen-port": agent_port,
+        "ray-client-server-port": client_port,
+        "min-worker-port": 0,  # any free port: two clusters on one machine do not collide
+        "max-worker-port": 0,
+        "num-cpus": config.num_cpus or (os.cpu_count() or 1) + 2,
+        "object-store-memory": config.object_store_bytes,
+        "temp-dir": temp_dir,
+    }
+    flags = ["--head", "--block", "--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", *flags]
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # a job's `python` is this one
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        **PRIVATE,
+        API_KEY_VARIABLE: (folder / "api_key").read_text().strip(),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _wait_until_up(cluster: LocalCluster, process: subprocess.Popen[bytes]) -> None:
+    request = urllib.request.Request(f"{cluster.dashboard_url}/api/version")
+    request.add_header("Authorization", f"Bearer {(cluster.folder / 'token').read_text()}")
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.3)
+    log = (cluster.folder / "ray.log").read_text(errors="replace")
+    stop_local(cluster.folder)
+    raise ValueError(f"the Ray cluster did not start within {START_SECONDS} s; its log ends:\n{log[-2000:]}")
+
+
+def _is_ours(cluster: LocalCluster) -> bool:
+    """Whether the recorded process still runs and is that cluster, not another program with a reused pid."""
+    try:
+        command = Path(f"/proc/{cluster.pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return f"--temp-dir={cluster.temp_dir}".encode() in command
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # all of it ended by itself
+
+
+def _write_secret(path: Path, content: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(content)
+
+
+def _free_ports(*preferred: int) -> list[int]:
+    """A free loopback port for each wish: itself or the next ones upward."""
+    taken: list[int] = []
+    for port in preferred:
+        while port in taken or not _is_free(port):
+            port += 1
+        taken.append(port)
+    return taken
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

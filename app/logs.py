@@ -1,0 +1,45 @@
+"""Logging of a job and how it ends: exit code 0, 2 with one clear line for the user's error, 1 for ours.
+
+Does not format metrics; those go to the manifest and the telemetry.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from app.config import USAGE_ERROR
+
+
+def configure(level: int = logging.INFO) -> None:
+    """Log lines on stderr: time, level, module, message."""
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("app").setLevel(level)
+
+
+@contextmanager
+def job() -> Iterator[None]:
+    """Run a job's body: a ValueError, also one raised inside a Ray task, becomes one message and exit code 2."""
+    configure()
+    try:
+        yield
+    except Exception as error:
+        cause = user_error(error)
+        if cause is None:
+            raise
+        sys.stderr.write("".join(f"error: {line}\n" for line in str(cause).splitlines()))
+        raise SystemExit(USAGE_ERROR) from None
+
+
+def user_error(error: BaseException | None) -> ValueError | None:
+    """The ValueError at the root of an error that Ray wrapped on its way here, or None."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        inner = getattr(error, "cause", None) or error.__cause__
+        if type(error) is ValueError:
+            return error
+        error = inner
+    return None

@@ -1,0 +1,31 @@
+"""One real Ray cluster for every test that needs one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.cluster import PRIVATE, LocalCluster, LocalClusterConfig, connect, start_local, stop_local
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.update(PRIVATE)  # before the first `import ray`
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A private cluster with token authentication; this process is connected to it."""
+    import ray
+
+    folder = tmp_path_factory.mktemp("cluster")
+    running = start_local(LocalClusterConfig(folder=str(folder), num_cpus=4))
+    before = dict(os.environ)
+    os.environ.update(running.environment)
+    try:
+        connect()
+        yield running
+    finally:
+        ray.shutdown()
+        stop_local(folder)
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,58 @@
+import stat
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from app.cluster import LocalCluster, LocalClusterConfig, find_local, start_local, stop_local
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_ray_cluster_yaml_passes_rays_own_validation() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((ROOT / "ray_cluster.yaml").read_text()))
+    validate_config(config)
+    broken = {**config, "max_workerz": 1}
+    with pytest.raises(Exception, match="max_workerz"):
+        validate_config(broken)
+
+
+def test_a_dead_process_or_a_reused_pid_is_not_our_cluster(tmp_path: Path) -> None:
+    assert find_local(tmp_path) is None
+    record = LocalCluster(
+        pid=1, address="a:1", dashboard_url="http://a", endpoint_port=1, folder=tmp_path, temp_dir=tmp_path / "t"
+    )
+    (tmp_path / "cluster.json").write_text(record.model_dump_json())
+    assert find_local(tmp_path) is None
+    assert stop_local(tmp_path) is False
+    assert not (tmp_path / "cluster.json").exists()
+
+
+@pytest.mark.ray
+def test_the_local_cluster_is_private(cluster: LocalCluster) -> None:
+    assert cluster.dashboard_url.startswith("http://127.0.0.1:")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{cluster.dashboard_url}/api/jobs/", timeout=10)
+    assert refused.value.code == 401
+    for name in ("token", "api_key", "env"):
+        assert stat.S_IMODE((cluster.folder / name).stat().st_mode) == 0o600
+    assert start_local(LocalClusterConfig(folder=str(cluster.folder))) == cluster
+
+
+@pytest.mark.ray
+def test_the_local_cluster_listens_on_loopback_only(cluster: LocalCluster) -> None:
+    import psutil
+
+    family = [psutil.Process(cluster.pid), *psutil.Process(cluster.pid).children(recursive=True)]
+    listening = {
+        connection.laddr.ip
+        for process in family
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
