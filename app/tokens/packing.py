@@ -1,0 +1,52 @@
+"""Documents to token blocks of a fixed length, with nothing lost.
+
+Documents follow each other, each closed by the end-of-text token, and are cut every T tokens; where documents begin
+is kept, so that a trainer can mask attention across the borders. No padding: the remainder is returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Concatenated documents: input_ids [N] and the offsets where documents begin, ascending."""
+
+    input_ids: Ids = field(default_factory=lambda: np.empty(0, np.int32))
+    document_starts: Ids = field(default_factory=lambda: np.empty(0, np.int32))
+
+
+def concatenate_documents(documents: Sequence[Sequence[int]], end_of_text: int) -> Stream:
+    """All documents in order, each followed by end_of_text."""
+    lengths = np.array([len(document) + 1 for document in documents], np.int64)
+    flat = [token for document in documents for token in (*document, end_of_text)]
+    return Stream(np.array(flat, np.int32), (np.cumsum(lengths) - lengths).astype(np.int32))
+
+
+def join(streams: Sequence[Stream]) -> Stream:
+    """One stream after the other; a stream that begins inside a document has no start at its offset 0."""
+    offset, starts = 0, []
+    for stream in streams:
+        starts.append(stream.document_starts + offset)
+        offset += len(stream.input_ids)
+    if not streams:
+        return Stream()
+    return Stream(np.concatenate([s.input_ids for s in streams]), np.concatenate(starts).astype(np.int32))
+
+
+def cut_blocks(stream: Stream, block_tokens: int) -> tuple[Ids, list[Ids], Stream]:
+    """Blocks [B, T], for each block the document starts inside it, and the tail of fewer than T tokens."""
+    num_blocks = len(stream.input_ids) // block_tokens
+    end = num_blocks * block_tokens
+    blocks = stream.input_ids[:end].reshape(num_blocks, block_tokens)
+    bounds = np.searchsorted(stream.document_starts, np.arange(num_blocks + 1) * block_tokens)
+    starts = [stream.document_starts[bounds[i] : bounds[i + 1]] - np.int32(i * block_tokens) for i in range(num_blocks)]
+    tail = Stream(stream.input_ids[end:], stream.document_starts[bounds[-1] :] - np.int32(end))
+    return blocks, starts, tail
