@@ -22,7 +22,7 @@ MAY_IMPORT = {  # a foundation module -> foundation modules it may import
     "cluster": {"config", "records", "storage", "logs"},
     "models": {"config", "records", "storage"},
 }
-RAY = {"cluster.py", "training/loop.py", "training/telemetry.py", "evaluation/generation.py"}
+RAY = {"cluster.py", "training/loop.py", "training/checkpoint.py", "training/telemetry.py", "evaluation/generation.py"}
 RAY |= {"serving/gateway.py", "serving/deployment.py", *(f"{stage}/stage.py" for stage in STAGES | {"pipeline"})}
 
 

@@ -125,6 +125,7 @@ def pack_file(
     with storage.local_copy(tokenizer_uri) as folder:
         encoder = tokenizer.load(folder)
     end_of_text = encoder.token_to_id(END_OF_TEXT)
+    assert end_of_text is not None, f"{tokenizer_uri} has no {END_OF_TEXT}"
     counts = {"documents": 0, "bytes": 0}
     streams = []
     for texts in _file_batches(uri):

@@ -1,0 +1,87 @@
+"""Settings of the training stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from app.config import Config, RunConfig
+
+
+class ModelConfig(Config):
+    """A Llama-family decoder; vocabulary and context come from the tokens artifact."""
+
+    hidden_size: int = Field(256, ge=32, description="width of the residual stream")
+    intermediate_size: int = Field(768, ge=32, description="width of the SwiGLU layer")
+    num_layers: int = Field(6, ge=1, description="decoder layers")
+    num_heads: int = Field(8, ge=1, description="query heads; vLLM on a CPU wants head size 32 or more")
+    num_key_value_heads: int = Field(4, ge=1, description="key and value heads (grouped-query attention)")
+    max_context_tokens: int = Field(2048, ge=8, description="positions the exported model may be asked for")
+    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary position embedding")
+    tie_embeddings: bool = Field(True, description="share the input and output embedding")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_key_value_heads:
+            raise ValueError("num_heads must divide hidden_size, and num_key_value_heads must divide num_heads")
+        return self
+
+
+class OptimizerConfig(Config):
+    """AdamW and its learning-rate schedule: linear warm-up, then a cosine down to a share of the peak."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
+    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the end, over the peak")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; not on vectors and embeddings")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    gradient_clipping: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+
+class TrainConfig(RunConfig):
+    """Settings of `train_model`."""
+
+    tokens_uri: str = Field("tokens", description="tokens artifact")
+    tokenizer_uri: str = Field("tokenizer", description="tokenizer artifact, copied into the model")
+    checkpoints_uri: str = Field("checkpoints", description="training's private folder; a rerun resumes from it")
+    output_uri: str = Field("model", description="where the trained model goes, in the Hugging Face layout")
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    num_steps: int = Field(300, ge=1, description="optimizer steps")
+    global_batch_sequences: int = Field(32, ge=1, description="token blocks in one optimizer step, over all workers")
+    micro_batch_sequences: int = Field(8, ge=1, description="token blocks in one forward pass of one worker")
+    num_workers: int = Field(2, ge=1, description="Ray Train workers: one GPU each, or one CPU where there is no GPU")
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed ZeRO stage")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 for GPUs; it is slow on most CPUs")
+    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    seed: int = Field(0, ge=0, description="of initial weights and data order")
+    checkpoint_interval_steps: int = Field(50, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many are kept")
+    evaluation_interval_steps: int = Field(50, ge=1, description="steps between held-out evaluations")
+    max_failures: int = Field(5, ge=-1, description="worker failures to recover from; -1 for any number")
+    wandb_mode: Literal["offline", "online", "disabled"] = Field("offline", description="online needs WANDB_API_KEY")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainConfig:
+        once = self.micro_batch_sequences * self.num_workers
+        if self.global_batch_sequences % once:
+            raise ValueError(
+                f"global_batch_sequences ({self.global_batch_sequences}) must be a multiple of "
+                f"micro_batch_sequences × num_workers ({once})"
+            )
+        return self
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Forward passes of each worker in one optimizer step."""
+        return self.global_batch_sequences // (self.micro_batch_sequences * self.num_workers)
+
+    def plan(self) -> list[str]:
+        """Workers, steps and where the checkpoints are."""
+        return [
+            f"train {self.num_steps} steps of {self.global_batch_sequences} blocks on {self.num_workers} workers, "
+            f"ZeRO-{self.zero_stage}, {self.accumulation_steps} forward passes a step",
+            f"resume from the newest checkpoint in {self.resolve(self.checkpoints_uri)}, if any",
+        ]

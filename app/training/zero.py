@@ -1,0 +1,34 @@
+"""The DeepSpeed config of a training run: a pure function of TrainConfig.
+
+ZeRO after Rajbhandari et al. 2020 (https://arxiv.org/abs/1910.02054). The optimizer and the learning rate are not in
+it: the loop owns both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.training.config import TrainConfig
+
+BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
+
+
+def deepspeed_config(config: TrainConfig, use_gpu: bool) -> dict[str, Any]:
+    """What `deepspeed.initialize` takes. Buckets follow the model's width, so that a small model stays small."""
+    elements = config.model.hidden_size**2
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_sequences,
+        "gradient_accumulation_steps": config.accumulation_steps,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW: no operator to compile
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": use_gpu,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": max(elements, 1_000_000),
+            "stage3_prefetch_bucket_size": max(elements, 1_000_000),
+            "stage3_param_persistence_threshold": 10 * config.model.hidden_size,  # norms stay whole, matrices do not
+        },
+    }

@@ -1,0 +1,12 @@
+"""Pretrain a Llama-family model with DeepSpeed on Ray Train workers: reads tokens and tokenizer, writes the model."""
+
+from app.config import load_config
+from app.logs import job
+from app.training.config import TrainConfig
+
+if __name__ == "__main__":
+    config = load_config(TrainConfig, __doc__ or "")
+    with job():
+        from app.training import stage
+
+        stage.run(config)
