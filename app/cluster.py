@@ -69,12 +69,12 @@ class LocalCluster(BaseModel):
         }
 
 
-def connect() -> None:
-    """Join the cluster this process belongs to; a local one is started when there is none."""
+def connect() -> str:
+    """Join the cluster this process belongs to, or start a local one; the address of its dashboard."""
     import ray
 
-    if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING)
+    context = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING)
+    return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
 def has_gpu() -> bool:

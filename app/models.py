@@ -5,6 +5,7 @@ Loads safetensors only and runs no code from a model directory. Training, evalua
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ END_OF_TEXT = "<|endoftext|>"  # ends every document; also begins a continuation
 PADDING = "<|pad|>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
+SCORING_SEQUENCES = 16
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING, TURN_START, TURN_END)
 
 # ChatML (https://github.com/openai/openai-python/blob/release-v0.28.1/chatml.md)
@@ -44,3 +46,42 @@ def load_model(model_dir: Path, dtype: str = "float32") -> PreTrainedModel:
     )
     model.train(False)
     return model
+
+
+def score_documents(model: PreTrainedModel, documents: Sequence[Sequence[int]], end_of_text_id: int) -> list[float]:
+    """Negative log-likelihood of each document's tokens, in nats; bits per byte = nats / ln 2 / UTF-8 bytes.
+
+    A document is read after an end-of-text token, which is not scored. One longer than the model's context C is cut
+    into windows of C - 1 scored tokens, each after the token before it.
+    """
+    context_tokens = model.config.max_position_embeddings
+    windows: list[tuple[int, list[int]]] = []
+    for index, document in enumerate(documents):
+        sequence = [end_of_text_id, *document]
+        for start in range(0, len(document), context_tokens - 1):
+            windows.append((index, sequence[start : start + context_tokens]))
+    windows.sort(key=lambda window: len(window[1]))  # little padding
+    nats = [0.0] * len(documents)
+    for start in range(0, len(windows), SCORING_SEQUENCES):
+        batch = windows[start : start + SCORING_SEQUENCES]
+        for (index, _), value in zip(batch, _window_nats(model, [tokens for _, tokens in batch]), strict=True):
+            nats[index] += value
+    return nats
+
+
+def _window_nats(model: PreTrainedModel, windows: list[list[int]]) -> list[float]:
+    import torch
+
+    ignored = -100
+    length = max(map(len, windows))
+    input_ids = torch.tensor(
+        [window + [0] * (length - len(window)) for window in windows], device=model.device
+    )  # [B, T]
+    targets = torch.tensor([window[1:] + [ignored] * (length - len(window)) for window in windows], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()  # [B, T-1, V]
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), targets, ignore_index=ignored, reduction="none"
+        )
+    sums: list[float] = losses.double().sum(1).tolist()
+    return sums

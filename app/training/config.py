@@ -17,7 +17,6 @@ class ModelConfig(Config):
     num_layers: int = Field(6, ge=1, description="decoder layers")
     num_heads: int = Field(8, ge=1, description="query heads; vLLM on a CPU wants head size 32 or more")
     num_key_value_heads: int = Field(4, ge=1, description="key and value heads (grouped-query attention)")
-    max_context_tokens: int = Field(2048, ge=8, description="positions the exported model may be asked for")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary position embedding")
     tie_embeddings: bool = Field(True, description="share the input and output embedding")
 

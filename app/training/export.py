@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def llama_config(config: TrainConfig, vocab_size: int, end_of_text_id: int) -> Any:
-    """The transformers config of the model; T-independent."""
+def llama_config(config: TrainConfig, vocab_size: int, block_tokens: int, end_of_text_id: int) -> Any:
+    """The transformers config of the model; its context is the length of the blocks it is trained on."""
     from transformers import LlamaConfig
 
     model = config.model
@@ -27,7 +27,7 @@ def llama_config(config: TrainConfig, vocab_size: int, end_of_text_id: int) -> A
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_key_value_heads,
-        max_position_embeddings=model.max_context_tokens,
+        max_position_embeddings=block_tokens,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=model.tie_embeddings,
         bos_token_id=end_of_text_id,
@@ -61,7 +61,7 @@ def export_model(model: PreTrainedModel, weights: dict[str, torch.Tensor], log: 
         model.config.save_pretrained(folder)
         with storage.local_copy(config.resolve(config.tokenizer_uri)) as tokenizer_dir:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
-        tokenizer.model_max_length = config.model.max_context_tokens
+        tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.save_pretrained(folder)
         stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)]
         GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)

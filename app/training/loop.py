@@ -56,7 +56,8 @@ def train_per_worker(job: dict[str, Any]) -> None:
     ds_config = deepspeed_config(config, use_gpu)
     keep_alive = HfDeepSpeedConfig(ds_config)  # transformers shards the weights while it makes them, if this lives
     torch.manual_seed(config.seed)
-    architecture = export.llama_config(config, int(str(tokens.figures["vocab_size"])), job["end_of_text_id"])
+    vocab_size, block_tokens = int(str(tokens.figures["vocab_size"])), train_blocks.shape[1]
+    architecture = export.llama_config(config, vocab_size, block_tokens, job["end_of_text_id"])
     model = AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable()
@@ -71,7 +72,7 @@ def train_per_worker(job: dict[str, Any]) -> None:
 
     first_step, log = checkpoint.load(engine)
     telemetry = Telemetry(config, job["run_uri"], log, speaks=rank == 0)
-    step_tokens = config.global_batch_sequences * train_blocks.shape[1]
+    step_tokens = config.global_batch_sequences * block_tokens
     for step in range(first_step, config.num_steps):
         began = time.monotonic()
         torch.manual_seed(hash((config.seed, step, rank)))

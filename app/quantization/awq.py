@@ -1,0 +1,102 @@
+"""AWQ, 4-bit weights and 16-bit activations, by llm-compressor; and how small the result is.
+
+Activation-aware Weight Quantization after Lin et al. 2023 (https://arxiv.org/abs/2306.00978): scales found on
+calibration text protect the weights that matter. Imports llm-compressor, so it runs only where the overlay is first on
+the path.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PACKED = ".weight_packed"  # compressed-tensors: int32 words of eight 4-bit weights
+_PARTS = (PACKED, ".weight_scale", ".weight_zero_point", ".weight_shape")
+
+
+def quantize(
+    model: PreTrainedModel, windows: Sequence[Sequence[int]], group_size: int, symmetric: bool, ignore: list[str]
+) -> None:
+    """Quantize the linear layers of the model in place, calibrated on token windows (each a list of ids)."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    _let_cpu_hosts_calibrate()
+    scheme = {
+        "targets": ["Linear"],
+        "weights": {
+            "num_bits": 4,
+            "type": "int",
+            "strategy": "group",
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "dynamic": False,
+        },
+    }
+    rows = [{"input_ids": list(window), "attention_mask": [1] * len(window)} for window in windows]
+    oneshot(
+        model=model,
+        dataset=Dataset.from_list(rows),
+        recipe=[AWQModifier(duo_scaling="both"), QuantizationModifier(config_groups={"w4": scheme}, ignore=ignore)],
+        num_calibration_samples=len(rows),
+        shuffle_calibration_samples=False,
+        max_seq_length=max(map(len, windows)),
+    )
+
+
+def _let_cpu_hosts_calibrate() -> None:
+    """llm-compressor pins calibration tensors in memory, which torch can only do beside an accelerator."""
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.accelerator.is_available():
+        IntermediatesCache._pin_intermediate = classmethod(lambda cls, intermediate: None)
+
+
+def choose_windows(
+    documents: Sequence[Sequence[int]], num_windows: int, window_tokens: int, seed: int
+) -> list[list[int]]:
+    """That many windows of tokens, each of the full length, cut from the documents joined in a shuffled order."""
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    stream: list[int] = []
+    for index in order:
+        stream.extend(documents[index])
+        if len(stream) >= num_windows * window_tokens:
+            break
+    windows = [stream[i : i + window_tokens] for i in range(0, len(stream) - window_tokens + 1, window_tokens)]
+    if not windows:
+        raise ValueError(f"the train split has fewer than {window_tokens} tokens to calibrate on")
+    return windows[:num_windows]
+
+
+def linear_sizes(model_dir: Path) -> dict[str, int | float]:
+    """Bytes of the quantized linear weights on disk and of the same weights in float32."""
+    stored = original = 0
+    for file in sorted(model_dir.glob("*.safetensors")):
+        header = _safetensors_header(file)
+        for name, tensor in header.items():
+            if name.endswith(_PARTS):
+                begin, end = tensor["data_offsets"]
+                stored += end - begin
+            if name.endswith(PACKED):
+                rows, words = tensor["shape"]
+                original += rows * words * 8 * 4
+    percent = round(100 * stored / original, 2) if original else 100.0
+    return {"linear_weight_bytes": stored, "linear_float32_bytes": original, "linear_percent": percent}
+
+
+def _safetensors_header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, Any] = json.loads(stream.read(length))
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}

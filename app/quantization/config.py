@@ -1,0 +1,29 @@
+"""Settings of the quantization stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from app.config import RunConfig
+
+
+class QuantizeConfig(RunConfig):
+    """Settings of `quantize_model`."""
+
+    model_uri: str = Field("model", description="model artifact to quantize")
+    corpus_uri: str = Field("corpus", description="corpus artifact: calibration text, and held-out text to compare on")
+    output_uri: str = Field("quantized", description="where the 4-bit model goes, in the Hugging Face layout")
+    group_size: Literal[32, 64, 128] = Field(
+        128, description="weights that share a scale; must divide all input widths"
+    )
+    symmetric: bool = Field(False, description="scales only, instead of scales and zero points")
+    ignore: list[str] = Field(["lm_head"], description="linear layers left as they are, by name or re:pattern")
+    num_calibration_samples: int = Field(64, ge=1, description="windows of clean text that AWQ looks at")
+    num_comparison_documents: int = Field(200, ge=1, description="held-out documents for the bits-per-byte comparison")
+    seed: int = Field(0, ge=0, description="choice of the calibration text")
+
+    def plan(self) -> list[str]:
+        """What is read and written."""
+        return [f"quantize {self.resolve(self.model_uri)} to 4-bit AWQ, groups of {self.group_size}"]

@@ -1,0 +1,106 @@
+"""Quantization stage: a Ray task with llm-compressor's overlay first on its path makes the 4-bit model.
+
+llm-compressor and vLLM pin different versions of compressed-tensors; the overlay holds the former's and is seen by
+this task alone. The result's bits per byte are measured beside the source's, on the same held-out documents.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray
+
+from app import cluster, storage
+from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
+from app.quantization.config import QuantizeConfig
+
+logger = logging.getLogger(__name__)
+
+OVERLAY_DIR = Path(sys.prefix) / "overlays" / "quantization"
+CALIBRATION_DOCUMENTS = 20_000  # read at most; the sample is drawn from them
+
+
+def run(config: QuantizeConfig) -> Manifest:
+    """Make the quantized model artifact. Raises ValueError when inputs or the overlay are missing."""
+    uri = config.resolve(config.output_uri)
+    model = read_manifest(config.resolve(config.model_uri), "model")
+    corpus = read_manifest(config.resolve(config.corpus_uri), "corpus")
+    draft = Manifest.draft("model", uri, config, {"model": model.as_input(), "corpus": corpus.as_input()})
+    if done := find_complete(draft, config.overwrite):
+        return done
+    if not (OVERLAY_DIR / "llmcompressor").is_dir():
+        raise ValueError(
+            f"llm-compressor is not installed in {OVERLAY_DIR}: run make setup, or "
+            f"pip install --no-deps --target {OVERLAY_DIR} -r requirements/quantization.lock"
+        )
+    clear(uri)
+    cluster.connect()
+    logger.info("quantizing %s, group size %d", model.uri, config.group_size)
+    path = os.pathsep.join([str(OVERLAY_DIR), *filter(None, [os.environ.get("PYTHONPATH")])])
+    task = ray.remote(_quantize).options(
+        runtime_env={"env_vars": {"PYTHONPATH": path}}, num_gpus=1 if cluster.has_gpu() else 0
+    )
+    return publish(draft, ray.get(task.remote(model.uri, corpus.uri, uri, config)))
+
+
+def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig) -> dict[str, Any]:
+    import torch
+
+    from app.models import load_model, load_tokenizer
+    from app.quantization import awq
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with storage.local_copy(model_uri) as model_dir, tempfile.TemporaryDirectory() as folder:
+        tokenizer = load_tokenizer(model_dir)
+        model = load_model(model_dir, "bfloat16" if device == "cuda" else "float32").to(device)
+        held_out = _read_texts(corpus_uri, "held_out", config.num_comparison_documents)
+        before = _bits_per_byte(model, tokenizer, held_out)
+        texts = _read_texts(corpus_uri, "train", CALIBRATION_DOCUMENTS)
+        documents = _encode(tokenizer, texts)
+        window_tokens = model.config.max_position_embeddings
+        windows = awq.choose_windows(documents, config.num_calibration_samples, min(window_tokens, 2048), config.seed)
+        awq.quantize(model, windows, config.group_size, config.symmetric, config.ignore)
+        after = _bits_per_byte(model, tokenizer, held_out)
+        model.save_pretrained(folder, save_compressed=True)
+        tokenizer.save_pretrained(folder)
+        sizes = awq.linear_sizes(Path(folder))
+        storage.upload(Path(folder), uri)
+    logger.info("bits per byte %.4f -> %.4f, linear weights %.1f %%", before, after, sizes["linear_percent"])
+    return {
+        "bits_per_byte_before": round(before, 4),
+        "bits_per_byte_after": round(after, 4),
+        "loss_percent": round(100 * (after / before - 1), 2),
+        "calibration_tokens": sum(map(len, windows)),
+        **sizes,
+    }
+
+
+def _read_texts(corpus_uri: str, split: str, limit: int) -> list[str]:
+    texts: list[str] = []
+    for uri in storage.list_files(f"{corpus_uri}/{split}", ".parquet"):
+        with storage.open_file(uri) as file:
+            texts += pq.read_table(file, columns=["text"]).column(0).to_pylist()[: limit - len(texts)]
+        if len(texts) >= limit:
+            break
+    if not texts:
+        raise ValueError(f"{corpus_uri}/{split}: no documents")
+    return texts
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return encoded
+
+
+def _bits_per_byte(model: Any, tokenizer: Any, texts: list[str]) -> float:
+    from app.models import score_documents
+
+    nats = sum(score_documents(model, _encode(tokenizer, texts), tokenizer.eos_token_id))
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)

@@ -1,0 +1,46 @@
+"""The vLLM engine's settings: a pure function of ServeConfig and of whether there is a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.serving.config import ServeConfig
+
+CPU_CHUNK_TOKENS = 2048
+
+
+def engine_arguments(config: ServeConfig, use_gpu: bool) -> dict[str, Any]:
+    """Keyword arguments of vLLM's engine."""
+    arguments: dict[str, Any] = {
+        "dtype": _dtype(config, use_gpu),
+        "enforce_eager": config.enforce_eager,
+        "enable_prefix_caching": True,
+        "trust_remote_code": False,
+        "load_format": "safetensors",
+    }
+    if config.max_model_len:
+        arguments["max_model_len"] = config.max_model_len
+    if use_gpu:
+        arguments["tensor_parallel_size"] = config.gpus_per_replica
+    else:
+        arguments["max_num_batched_tokens"] = CPU_CHUNK_TOKENS
+    return arguments
+
+
+def engine_environment(config: ServeConfig, use_gpu: bool) -> dict[str, str]:
+    """Environment variables of the replica."""
+    variables = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if not use_gpu:
+        variables |= {"VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib)}
+    return variables
+
+
+def model_source(uri: str) -> str | dict[str, str]:
+    """Where Ray Serve LLM finds the weights: a local folder, or a bucket that it mirrors to each node."""
+    return {"bucket_uri": uri} if "://" in uri else uri
+
+
+def _dtype(config: ServeConfig, use_gpu: bool) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if use_gpu else "float32"  # few CPUs multiply in bfloat16
