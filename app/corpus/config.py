@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from app import storage
 from app.config import Config, RunConfig
 
 Format = Literal["auto", "jsonl", "parquet", "text"]
@@ -50,6 +49,8 @@ class CorpusConfig(RunConfig):
 
     def plan(self) -> list[str]:
         """Files found per source and where the output goes."""
+        from app import storage  # fsspec is not needed to answer --help
+
         lines = []
         for source in self.sources:
             files = storage.list_files(self.resolve(source.uri))

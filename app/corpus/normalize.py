@@ -19,6 +19,6 @@ def normalize(text: str) -> str:
     '刘备 关羽\\n\\n张飞'
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = _CONTROL.sub("", unicodedata.normalize("NFC", text))
+    text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
     text = _AROUND_NEWLINE.sub("\n", _BLANKS.sub(" ", text))
     return _NEWLINES.sub("\n\n", text).strip()

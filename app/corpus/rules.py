@@ -61,11 +61,10 @@ def high_symbol_ratio(max_ratio: float) -> Rule:
 
 
 def high_repetition(max_ratio: float) -> Rule:
-    """A larger share of the text's windows of 10 characters, step 5, was there before in the same text."""
+    """A larger share of the text's windows of 10 characters was there before in the same text."""
 
     def rule(text: str) -> str | None:
-        step = REPETITION_CHARACTERS // 2
-        windows = [text[i : i + REPETITION_CHARACTERS] for i in range(0, len(text) - REPETITION_CHARACTERS + 1, step)]
+        windows = [text[i : i + REPETITION_CHARACTERS] for i in range(len(text) - REPETITION_CHARACTERS + 1)]
         repeated = len(windows) - len(set(windows))
         return "high_repetition" if repeated > max_ratio * len(windows) else None
 

@@ -26,19 +26,14 @@ from app.training.schedule import learning_rate
 from app.training.telemetry import Telemetry
 from app.training.zero import deepspeed_config
 
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker is given: the settings, where the run keeps its files, and whether it has a GPU."""
-
-    config: TrainConfig
-    run_uri: str
-    use_gpu: bool
-    end_of_text_id: int
+logger = logging.getLogger(__name__)
 
 
 def train_per_worker(job: dict[str, Any]) -> None:
-    """Train, evaluate, checkpoint, export. Collective: the same calls on every rank."""
+    """Train, evaluate, checkpoint, export. Collective: the same calls on every rank.
+
+    `job` holds config (a dumped TrainConfig), run_uri, use_gpu and end_of_text_id.
+    """
     import deepspeed
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
@@ -71,6 +66,8 @@ def train_per_worker(job: dict[str, Any]) -> None:
     del keep_alive
 
     first_step, log = checkpoint.load(engine)
+    if first_step:
+        logger.info("resuming after step %d", first_step)
     telemetry = Telemetry(config, job["run_uri"], log, speaks=rank == 0)
     step_tokens = config.global_batch_sequences * block_tokens
     for step in range(first_step, config.num_steps):

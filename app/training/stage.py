@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors import safe_open
 
 from app import cluster, storage
 from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
@@ -53,7 +55,8 @@ def run(config: TrainConfig) -> Manifest:
     }
     logger.info("run %s: %d workers on %s", run_name, config.num_workers, "GPUs" if use_gpu else "CPUs")
     _trainer(config, job, run_name).fit()
-    return publish(draft, summarize(_read_log(uri), config))
+    sizes = {"parameters": _num_parameters(uri), "block_tokens": tokens.config["block_tokens"]}
+    return publish(draft, sizes | summarize(_read_log(uri), config, sizes["block_tokens"]))
 
 
 def run_identity(draft: Manifest) -> str:
@@ -93,13 +96,24 @@ def _read_log(model_uri: str) -> list[dict[str, float]]:
         return [json.loads(line) for line in file]
 
 
-def summarize(log: list[dict[str, float]], config: TrainConfig) -> dict[str, Any]:
+def _num_parameters(model_uri: str) -> int:
+    """Counted from the headers of the exported weights."""
+    total = 0
+    with storage.local_copy(model_uri) as folder:
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(file, "np") as tensors:
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def summarize(log: list[dict[str, float]], config: TrainConfig, block_tokens: int) -> dict[str, Any]:
     """The figures of the manifest from the lines of the steps; the train loss is the mean of the last tenth."""
     assert [line["step"] for line in log] == list(range(config.num_steps)), "a step is missing or there twice"
     last = log[-max(1, len(log) // 10) :]
     speeds = sorted(line["tokens_per_second"] for line in log)
     figures = {
         "steps": len(log),
+        "tokens": len(log) * config.global_batch_sequences * block_tokens,
         "train_loss": round(sum(line["loss"] for line in last) / len(last), 4),
         "tokens_per_second": round(speeds[len(speeds) // 2]),
     }

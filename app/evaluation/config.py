@@ -1,0 +1,24 @@
+"""Settings of the evaluation stage."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from app.config import RunConfig
+
+
+class EvaluateConfig(RunConfig):
+    """Settings of `evaluate_model`."""
+
+    model_uri: str = Field("model", description="model artifact to evaluate")
+    corpus_uri: str = Field("corpus", description="corpus artifact; its held-out split is the test text")
+    output_uri: str = Field("report", description="where report.json and report.html go")
+    max_documents: int = Field(1000, ge=1, description="held-out documents scored for bits per byte")
+    num_continuations: int = Field(32, ge=0, description="held-out documents continued for BLEU and ROUGE")
+    prompt_tokens: int = Field(48, ge=1, description="tokens of a document that the model is shown")
+    continuation_tokens: int = Field(48, ge=1, description="tokens it writes, compared with the document's own")
+    num_shards: int = Field(2, ge=1, description="Ray tasks that share the documents; the figures do not depend on it")
+
+    def plan(self) -> list[str]:
+        """What is read and written."""
+        return [f"evaluate {self.resolve(self.model_uri)} on {self.resolve(self.corpus_uri)}/held_out"]

@@ -1,0 +1,91 @@
+"""Evaluation stage: held-out bits per byte, and continuations compared with what the documents say.
+
+Documents are scored and continued in Ray tasks; the driver computes the metrics and writes the report.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from app import cluster, storage
+from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
+from app.evaluation import generation, metrics, report
+from app.evaluation.config import EvaluateConfig
+
+logger = logging.getLogger(__name__)
+
+MIN_CONTINUATION_CHARACTERS = 4  # a token holds a few characters; shorter documents cannot fill prompt and continuation
+SAMPLES_SHOWN = 8
+
+
+def run(config: EvaluateConfig) -> Manifest:
+    """Make the report artifact. Raises ValueError when inputs are missing or nothing was held out."""
+    uri = config.resolve(config.output_uri)
+    model = read_manifest(config.resolve(config.model_uri), "model")
+    corpus = read_manifest(config.resolve(config.corpus_uri), "corpus")
+    draft = Manifest.draft("report", uri, config, {"model": model.as_input(), "corpus": corpus.as_input()})
+    if done := find_complete(draft, config.overwrite):
+        return done
+    clear(uri)
+    cluster.connect()
+    held_out = list(islice(_texts(f"{corpus.uri}/held_out"), config.max_documents))
+    if not held_out:
+        raise ValueError(f"{corpus.uri}/held_out: no documents; set held_out_fraction in prepare_corpus")
+    figures = _score(model.uri, corpus.uri, held_out, config)
+    samples = _continue(model.uri, held_out, config)
+    if samples:
+        _, continuations, originals = (list(column) for column in zip(*samples, strict=True))
+        from app.evaluation.overlap import continuation_scores  # slow to import
+
+        figures |= {"continuations": len(samples), **continuation_scores(continuations, originals)}
+    sources = {"model": model.uri, "corpus": corpus.uri}
+    page = report.render(figures, sources, _training_log(model.uri), samples[:SAMPLES_SHOWN])
+    storage.write_atomic(f"{uri}/report.html", page.encode())
+    content = {"figures": figures, "sources": sources, "samples": samples[:SAMPLES_SHOWN]}
+    storage.write_atomic(f"{uri}/report.json", json.dumps(content, ensure_ascii=False, indent=2).encode())
+    return publish(draft, figures)
+
+
+def _score(model_uri: str, corpus_uri: str, held_out: list[str], config: EvaluateConfig) -> dict[str, Any]:
+    logger.info("scoring %d held-out documents", len(held_out))
+    encoded = [text.encode() for text in held_out]
+    nats = sum(generation.score(model_uri, held_out, config.num_shards))
+    bits = metrics.bits_per_byte(nats, sum(map(len, encoded)))
+    baseline = metrics.unigram_byte_bits_per_byte((text.encode() for text in _texts(f"{corpus_uri}/train")), encoded)
+    return {
+        "bits_per_byte": round(bits, 4),
+        "unigram_byte_bits_per_byte": round(baseline, 4),
+        "reduction_percent": round(100 * (1 - bits / baseline), 2),
+        "documents": len(held_out),
+    }
+
+
+def _continue(model_uri: str, held_out: list[str], config: EvaluateConfig) -> list[tuple[str, str, str]]:
+    needed = MIN_CONTINUATION_CHARACTERS * (config.prompt_tokens + config.continuation_tokens)
+    chosen = [text for text in held_out if len(text) >= needed][: config.num_continuations]
+    if not chosen:
+        logger.warning("no held-out document is long enough to be continued")
+        return []
+    logger.info("continuing %d documents", len(chosen))
+    return generation.continue_texts(model_uri, chosen, config)
+
+
+def _texts(uri: str) -> Iterator[str]:
+    for file_uri in storage.list_files(uri, ".parquet"):
+        with storage.open_file(file_uri) as file:
+            for batch in pq.ParquetFile(file).iter_batches(columns=["text"]):
+                yield from batch.column(0).to_pylist()
+
+
+def _training_log(model_uri: str) -> list[dict[str, float]]:
+    uri = f"{model_uri}/training_log.jsonl"
+    if not storage.exists(uri):  # a model from elsewhere
+        return []
+    with storage.open_file(uri, "r", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,35 @@
+"""Settings of the whole pipeline: a section for each stage, usually the stage's own YAML file."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from app.config import RunConfig
+from app.corpus.config import CorpusConfig
+from app.evaluation.config import EvaluateConfig
+from app.quantization.config import QuantizeConfig
+from app.serving.config import DeployConfig
+from app.tokens.config import PackConfig, TokenizerConfig
+from app.training.config import TrainConfig
+
+
+class PipelineConfig(RunConfig):
+    """Settings of `run_pipeline`; its storage_uri and overwrite are those of every stage."""
+
+    prepare_corpus: CorpusConfig
+    train_tokenizer: TokenizerConfig = TokenizerConfig()
+    pack_tokens: PackConfig = PackConfig()
+    train_model: TrainConfig = TrainConfig()
+    evaluate_model: EvaluateConfig = EvaluateConfig()
+    quantize_model: QuantizeConfig = QuantizeConfig()
+    deploy_model: DeployConfig | None = Field(None, description="settings of the endpoint; none: not deployed")
+
+    def sections(self) -> dict[str, RunConfig]:
+        """The stages' settings by job name, in order, with this run's storage."""
+        run = {"storage_uri": self.storage_uri, "overwrite": self.overwrite}
+        values = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: value.with_overrides(run) for name, value in values if isinstance(value, RunConfig)}
+
+    def plan(self) -> list[str]:
+        """The plans of all stages."""
+        return [f"{name}: {line}" for name, section in self.sections().items() for line in section.plan()]

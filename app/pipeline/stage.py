@@ -1,0 +1,107 @@
+"""The pipeline: every stage in order in one job, and the table that sums it up.
+
+Complete stages are skipped by the stages themselves, so a pipeline that failed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from app import cluster, storage
+from app.artifacts import Manifest
+from app.pipeline.config import PipelineConfig
+
+logger = logging.getLogger(__name__)
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the summary: what a stage took, made and cost."""
+
+    stage: str
+    seconds: float
+    skipped: bool
+    flow: str
+    key_figure: str
+
+
+def run(config: PipelineConfig) -> str:
+    """Run all stages; the summary table, also written to summary.txt in the storage."""
+    cluster.connect()
+    rows = []
+    for name, section in config.sections().items():
+        logger.info("%s …", name)
+        work, describe = _stage(name)
+        started_at, began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+        manifest = work(section)
+        skipped = name != "deploy_model" and manifest.created_at < started_at
+        rows.append(Row(name, time.monotonic() - began, skipped, *describe(manifest.figures)))
+    table = format_table(rows)
+    storage.write_atomic(config.resolve("summary.txt"), table.encode())
+    return table
+
+
+def format_table(rows: list[Row]) -> str:
+    """The rows as aligned text."""
+    lines = [("stage", "seconds", "in → out", "key figure")]
+    for row in rows:
+        seconds = "skipped" if row.skipped else f"{row.seconds:.1f}"
+        lines.append((row.stage, seconds, row.flow, row.key_figure))
+    lines.append(("total", f"{sum(row.seconds for row in rows):.1f}", "", ""))
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    text = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}".rstrip() for a, b, c, d in lines]
+    rule = "─" * max(map(len, text))
+    return "\n".join([text[0], rule, *text[1:-1], rule, text[-1], ""])
+
+
+def _stage(name: str) -> tuple[Callable[[Any], Manifest], Callable[[Figures], tuple[str, str]]]:
+    """A stage's run function and how to tell (in → out, key figure) from its figures; imported when it is its turn."""
+    if name == "prepare_corpus":
+        from app.corpus import stage as corpus
+
+        return corpus.run, lambda f: (f"{f['raw']:,} → {f['clean']:,} documents", f"{f['rejected']:,} rejected")
+    if name == "train_tokenizer":
+        from app.tokens import stage as tokens
+
+        return tokens.run_tokenizer, lambda f: (
+            f"text → {f['vocab_size']:,} tokens",
+            f"{f.get('held_out_bytes_per_token', 0):.2f} bytes per token",
+        )
+    if name == "pack_tokens":
+        from app.tokens import stage as tokens
+
+        return tokens.run, lambda f: (
+            f"{f['train']['documents']:,} documents → {f['train']['blocks']:,} blocks",
+            f"{f['train']['tokens']:,} tokens",
+        )
+    if name == "train_model":
+        from app.training import stage as training
+
+        return training.run, lambda f: (
+            f"{f['tokens']:,} tokens → {f['parameters'] / 1e6:.1f} M parameters",
+            f"loss {f['train_loss']:.2f}, {f['tokens_per_second']:,} tokens/s",
+        )
+    if name == "evaluate_model":
+        from app.evaluation import stage as evaluation
+
+        return evaluation.run, lambda f: (
+            f"{f['documents']:,} held-out documents → report",
+            f"{f['bits_per_byte']:.3f} bits per byte, {f['reduction_percent']:.0f} % below unigram bytes",
+        )
+    if name == "quantize_model":
+        from app.quantization import stage as quantization
+
+        return quantization.run, lambda f: (
+            f"{f['linear_float32_bytes'] / 1e6:.1f} → {f['linear_weight_bytes'] / 1e6:.1f} MB of linear weights",
+            f"{f['linear_percent']:.1f} % of the size, bits per byte {f['loss_percent']:+.2f} %",
+        )
+    from app.serving import stage as serving
+
+    return serving.run, lambda f: ("model → endpoint", f"int4, {f.get('linear_percent', 100):.1f} % of float32")

@@ -1,0 +1,36 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from app.quantization.awq import choose_windows, linear_sizes
+
+
+def test_sizes_of_packed_linear_layers(tmp_path: Path) -> None:
+    rows, columns, group = 64, 256, 128
+    save_file(
+        {
+            "layer.weight_packed": np.zeros((rows, columns // 8), np.int32),
+            "layer.weight_scale": np.zeros((rows, columns // group), np.float32),
+            "layer.weight_zero_point": np.zeros((rows // 8, columns // group), np.int32),
+            "layer.weight_shape": np.array([rows, columns]),
+            "embedding.weight": np.zeros((1000, 256), np.float32),
+        },
+        tmp_path / "model.safetensors",
+    )
+    sizes = linear_sizes(tmp_path)
+    assert sizes["linear_float32_bytes"] == rows * columns * 4
+    assert sizes["linear_weight_bytes"] == rows * columns // 2 + rows * 2 * 4 + rows // 8 * 2 * 4 + 16
+    assert sizes["linear_percent"] == pytest.approx(
+        100 * sizes["linear_weight_bytes"] / sizes["linear_float32_bytes"], abs=0.01
+    )
+
+
+def test_calibration_windows_are_full_and_depend_on_the_seed_only() -> None:
+    documents = [[number] * 7 for number in range(50)]
+    windows = choose_windows(documents, 5, 10, seed=1)
+    assert [len(window) for window in windows] == [10] * 5
+    assert choose_windows(documents, 5, 10, seed=1) == windows != choose_windows(documents, 5, 10, seed=2)
+    with pytest.raises(ValueError, match="fewer than 1000 tokens"):
+        choose_windows(documents, 5, 1000, seed=1)

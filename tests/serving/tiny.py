@@ -1,0 +1,93 @@
+"""A tiny Llama with random weights, as a packed 4-bit model artifact and as its dequantized float32 twin."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from app.artifacts import Manifest, publish
+from app.config import RunConfig
+from app.tokens import tokenizer as bpe
+
+GROUP_SIZE = 32
+TEXT = "却说曹操引兵南下，刘备问计于孔明。孔明曰：「亮夜观天象，操军必败。」The quick brown fox 2024."
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """4-bit values [N, K], scales [N, K/G] and zero points [N, K/G] by each group's minimum and maximum."""
+    groups = weight.view(weight.shape[0], -1, GROUP_SIZE)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = ((high - low) / 15).to(torch.bfloat16).float()  # what the kernel can hold exactly
+    zero_points = (-low / scales).round().clamp(0, 15)
+    quantized = (groups / scales.unsqueeze(-1) + zero_points.unsqueeze(-1)).round().clamp(0, 15)
+    return quantized.view_as(weight).int(), scales, zero_points.int()
+
+
+def dequantize(quantized: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor) -> torch.Tensor:
+    """float32 [N, K]."""
+    group_size = quantized.shape[1] // scales.shape[1]
+    spread = [part.float().repeat_interleave(group_size, 1) for part in (scales, zero_points)]
+    return (quantized.float() - spread[1]) * spread[0]
+
+
+def pack_words(values: torch.Tensor) -> torch.Tensor:
+    """Eight 4-bit values of a row to one int32, first value lowest."""
+    shifts = torch.arange(0, 32, 4)
+    words = (values.long().view(values.shape[0], -1, 8) << shifts).sum(-1)
+    return words.to(torch.int32)  # wraps, as it should
+
+
+def write_models(folder: Path) -> tuple[Path, Path]:
+    """Folders of the packed model (with manifest) and of its float32 twin."""
+    torch.manual_seed(0)
+    tokenizer = bpe.train([TEXT] * 2, 384, 2)
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.1,  # wide enough for clear favourites among the tokens
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight.clone()
+            continue
+        quantized, scales, zero_points = quantize(weight)
+        weight.copy_(dequantize(quantized, scales, zero_points))
+        stem = name.removesuffix("weight")
+        tensors[f"{stem}weight_packed"] = pack_words(quantized)
+        tensors[f"{stem}weight_scale"] = scales
+        tensors[f"{stem}weight_zero_point"] = pack_words(zero_points.t().contiguous()).t().contiguous()
+        tensors[f"{stem}weight_shape"] = torch.tensor(weight.shape)
+    twin, packed = folder / "twin", folder / "packed"
+    model.save_pretrained(twin)
+    packed.mkdir()
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    settings = json.loads((twin / "config.json").read_text()) | {"quantization_config": _quantization_config()}
+    (packed / "config.json").write_text(json.dumps(settings))
+    for path in (twin, packed):
+        bpe.save(tokenizer, path)
+    publish(Manifest.draft("model", str(packed), RunConfig(), {}), {})
+    return packed, twin
+
+
+def _quantization_config() -> dict[str, object]:
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP_SIZE, "symmetric": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
