@@ -168,23 +168,32 @@ def _environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         **PRIVATE,
         API_KEY_VARIABLE: (folder / "api_key").read_text().strip(),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # the only node has none to hand its work to: else 30 s to stop
         "HF_HUB_OFFLINE": "1",
     }
 
 
 def _wait_until_up(cluster: LocalCluster, process: subprocess.Popen[bytes]) -> None:
-    request = urllib.request.Request(f"{cluster.dashboard_url}/api/version")
-    request.add_header("Authorization", f"Bearer {(cluster.folder / 'token').read_text()}")
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(request, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.3)
+        if _has_alive_node(cluster):
+            return
+        time.sleep(0.3)
     log = (cluster.folder / "ray.log").read_text(errors="replace")
     stop_local(cluster.folder)
     raise ValueError(f"the Ray cluster did not start within {START_SECONDS} s; its log ends:\n{log[-2000:]}")
+
+
+def _has_alive_node(cluster: LocalCluster) -> bool:
+    """Whether the dashboard answers and knows the node; both need some seconds."""
+    request = urllib.request.Request(f"{cluster.dashboard_url}/nodes?view=summary")
+    request.add_header("Authorization", f"Bearer {(cluster.folder / 'token').read_text()}")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            nodes = json.load(answer)["data"]["summary"]
+    except OSError:
+        return False
+    return any(node.get("raylet", {}).get("state") == "ALIVE" for node in nodes)
 
 
 def _is_ours(cluster: LocalCluster) -> bool:

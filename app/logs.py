@@ -5,12 +5,15 @@ Does not format metrics; those go to the manifest and the telemetry.
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from app.config import USAGE_ERROR
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def configure(level: int = logging.INFO) -> None:
@@ -33,13 +36,19 @@ def job() -> Iterator[None]:
         raise SystemExit(USAGE_ERROR) from None
 
 
-def user_error(error: BaseException | None) -> ValueError | None:
-    """The ValueError at the root of an error that Ray wrapped on its way here, or None."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
+def user_error(error: BaseException | None) -> Exception | None:
+    """What the user can mend, at the root of an error that Ray wrapped on its way here; None if the fault is ours.
+
+    That is a ValueError of this project, or a disk that is full or may not be written.
+    """
+    pending, seen = [error], set()
+    while pending:
+        error = pending.pop()
+        if error is None or id(error) in seen:
+            continue
         seen.add(id(error))
-        inner = getattr(error, "cause", None) or error.__cause__
-        if type(error) is ValueError:
+        if type(error) is ValueError or (isinstance(error, OSError) and error.errno in _DISK):
             return error
-        error = inner
+        failures = getattr(error, "worker_failures", {})  # of Ray Train
+        pending += [*failures.values(), error.__cause__, getattr(error, "cause", None)]
     return None

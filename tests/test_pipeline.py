@@ -44,6 +44,7 @@ def write_raw(folder: Path) -> int:
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in [*texts, *texts[:100]]]
     folder.mkdir(parents=True)
     (folder / "novel.jsonl").write_text("\n".join([*lines, "not json"]), encoding="utf-8")
+    (folder.parent / "bad.jsonl.gz").write_bytes(b"this is no gzip")
     return len(lines) + 1
 
 
@@ -164,6 +165,8 @@ def test_a_rerun_redoes_nothing(run: dict[str, Any], cluster: LocalCluster) -> N
         ("train_model", ["--tokens_uri", "corpus"], "corpus: is a corpus artifact, expected tokens"),
         ("train_model", ["--num_steps", "31"], "already made, with other"),
         ("quantize_model", ["--model_uri", "tokens"], "tokens: is a tokens artifact, expected model"),
+        ("prepare_corpus", ["--sources", "[{name: a, uri: bad.jsonl.gz}]", "--output_uri", "bad"], "repair the file"),
+        ("prepare_corpus", ["--sources", "[{name: a, uri: no.jsonl}]", "--output_uri", "bad"], "no file at"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

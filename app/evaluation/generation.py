@@ -25,8 +25,9 @@ def score(model_uri: str, texts: list[str], num_shards: int) -> list[float]:
 
 def continue_texts(model_uri: str, texts: list[str], config: EvaluateConfig) -> list[tuple[str, str, str]]:
     """(prompt, greedy continuation, the document's own continuation) of each text that is long enough."""
-    shard = _continue_shard
-    return _in_shards(shard, model_uri, texts, config.num_shards, config.prompt_tokens, config.continuation_tokens)
+    lengths = (config.prompt_tokens, config.continuation_tokens)
+    samples = _in_shards(_continue_shard, model_uri, texts, config.num_shards, *lengths)
+    return [sample for sample in samples if sample]
 
 
 def _in_shards(
@@ -44,7 +45,9 @@ def _load(model_uri: str) -> tuple[Any, Any]:
     on_gpu = torch.cuda.is_available()
     with storage.local_copy(model_uri) as folder:
         model = load_model(folder, "bfloat16" if on_gpu else "float32")
-        return model.to("cuda" if on_gpu else "cpu"), load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
+    tokenizer.model_max_length = 1 << 30  # documents are cut into windows here, no warning is due
+    return model.to("cuda" if on_gpu else "cpu"), tokenizer
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -59,14 +62,16 @@ def _score_shard(model_uri: str, texts: list[str]) -> list[float]:
 
 def _continue_shard(
     model_uri: str, texts: list[str], prompt_tokens: int, continuation_tokens: int
-) -> list[tuple[str, str, str]]:
+) -> list[tuple[str, str, str] | None]:
     import torch
 
     model, tokenizer = _load(model_uri)
     documents = _encode(tokenizer, texts)
-    samples = []
-    for start in range(0, len(documents), GENERATION_SEQUENCES):
-        batch = documents[start : start + GENERATION_SEQUENCES]
+    samples: list[tuple[str, str, str] | None] = [None] * len(documents)
+    enough = [i for i, tokens in enumerate(documents) if len(tokens) >= prompt_tokens + continuation_tokens]
+    for start in range(0, len(enough), GENERATION_SEQUENCES):
+        chosen = enough[start : start + GENERATION_SEQUENCES]
+        batch = [documents[index] for index in chosen]
         prompts = torch.tensor([[tokenizer.eos_token_id, *tokens[:prompt_tokens]] for tokens in batch])  # [B, P + 1]
         generated = model.generate(
             prompts.to(model.device),
@@ -75,8 +80,8 @@ def _continue_shard(
             min_new_tokens=continuation_tokens,
             do_sample=False,
         )[:, prompts.shape[1] :]
-        for tokens, new in zip(batch, generated.tolist(), strict=True):
+        for index, tokens, new in zip(chosen, batch, generated.tolist(), strict=True):
             own = tokens[prompt_tokens : prompt_tokens + continuation_tokens]
             prompt = tokenizer.decode(tokens[:prompt_tokens])
-            samples.append((prompt, tokenizer.decode(new, skip_special_tokens=True), tokenizer.decode(own)))
+            samples[index] = (prompt, tokenizer.decode(new, skip_special_tokens=True), tokenizer.decode(own))
     return samples

@@ -60,23 +60,30 @@ def render(
 
 
 def loss_curve(log: Sequence[Mapping[str, Any]]) -> str:
-    """Loss by step, and held-out bits per byte where it was measured, as inline SVG."""
+    """Loss by step, its moving average, and held-out bits per byte where it was measured, as inline SVG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     loss = figure.add_subplot()
-    loss.plot([line["step"] for line in log], [line["loss"] for line in log], color="#2f6f9f", linewidth=1.2)
+    steps, values = [line["step"] for line in log], [line["loss"] for line in log]
+    loss.plot(steps, values, color="#2f6f9f", linewidth=0.6, alpha=0.35)
+    loss.plot(steps, moving_average(values), color="#2f6f9f", linewidth=1.8)
     loss.set_xlabel("step")
     loss.set_ylabel("training loss (nats per token)", color="#2f6f9f")
     measured = [line for line in log if "held_out_bits_per_byte" in line]
     held_out = loss.twinx()
-    steps, values = (
-        zip(*((line["step"], line["held_out_bits_per_byte"]) for line in measured), strict=True)
-        if measured
-        else ((), ())
-    )
-    held_out.plot(steps, values, "o-", color="#c2570c", markersize=3, linewidth=1)
+    points = [(line["step"], line["held_out_bits_per_byte"]) for line in measured]
+    held_out.plot([x for x, _ in points], [y for _, y in points], "o-", color="#c2570c", markersize=3, linewidth=1)
     held_out.set_ylabel("held-out bits per byte", color="#c2570c")
     picture = io.StringIO()
     figure.savefig(picture, format="svg")
     return picture.getvalue()[picture.getvalue().index("<svg") :]
+
+
+def moving_average(values: Sequence[float], memory: float = 0.9) -> list[float]:
+    """Exponential moving average without bias to the first value (Kingma and Ba 2015, section 3)."""
+    averages, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = memory * total + (1 - memory) * value, memory * weight + (1 - memory)
+        averages.append(total / weight)
+    return averages

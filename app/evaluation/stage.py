@@ -20,7 +20,7 @@ from app.evaluation.config import EvaluateConfig
 
 logger = logging.getLogger(__name__)
 
-MIN_CONTINUATION_CHARACTERS = 4  # a token holds a few characters; shorter documents cannot fill prompt and continuation
+CHARACTERS_PER_TOKEN = 2  # more than most tokens hold: a document so long fills prompt and continuation
 SAMPLES_SHOWN = 8
 
 
@@ -67,7 +67,7 @@ def _score(model_uri: str, corpus_uri: str, held_out: list[str], config: Evaluat
 
 
 def _continue(model_uri: str, held_out: list[str], config: EvaluateConfig) -> list[tuple[str, str, str]]:
-    needed = MIN_CONTINUATION_CHARACTERS * (config.prompt_tokens + config.continuation_tokens)
+    needed = CHARACTERS_PER_TOKEN * (config.prompt_tokens + config.continuation_tokens)
     chosen = [text for text in held_out if len(text) >= needed][: config.num_continuations]
     if not chosen:
         logger.warning("no held-out document is long enough to be continued")

@@ -22,6 +22,7 @@ class QuantizeConfig(RunConfig):
     ignore: list[str] = Field(["lm_head"], description="linear layers left as they are, by name or re:pattern")
     num_calibration_samples: int = Field(64, ge=1, description="windows of clean text that AWQ looks at")
     num_comparison_documents: int = Field(200, ge=1, description="held-out documents for the bits-per-byte comparison")
+    num_cpus: int = Field(2, ge=1, description="CPUs of the task, each a thread; AWQ searches on them without a GPU")
     seed: int = Field(0, ge=0, description="choice of the calibration text")
 
     def plan(self) -> list[str]:

@@ -45,7 +45,9 @@ def run(config: QuantizeConfig) -> Manifest:
     logger.info("quantizing %s, group size %d", model.uri, config.group_size)
     path = os.pathsep.join([str(OVERLAY_DIR), *filter(None, [os.environ.get("PYTHONPATH")])])
     task = ray.remote(_quantize).options(
-        runtime_env={"env_vars": {"PYTHONPATH": path}}, num_gpus=1 if cluster.has_gpu() else 0
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+        num_cpus=config.num_cpus,
+        num_gpus=1 if cluster.has_gpu() else 0,
     )
     return publish(draft, ray.get(task.remote(model.uri, corpus.uri, uri, config)))
 
@@ -59,7 +61,10 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with storage.local_copy(model_uri) as model_dir, tempfile.TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(model_dir)
+        tokenizer.model_max_length = 1 << 30  # documents are cut into windows here, no warning is due
         model = load_model(model_dir, "bfloat16" if device == "cuda" else "float32").to(device)
+        if hasattr(model.config, "quantization_config"):
+            raise ValueError(f"model_uri: {model_uri} is quantized already; name the model it was made from")
         held_out = _read_texts(corpus_uri, "held_out", config.num_comparison_documents)
         before = _bits_per_byte(model, tokenizer, held_out)
         texts = _read_texts(corpus_uri, "train", CALIBRATION_DOCUMENTS)
@@ -69,7 +74,7 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
         awq.quantize(model, windows, config.group_size, config.symmetric, config.ignore)
         after = _bits_per_byte(model, tokenizer, held_out)
         model.save_pretrained(folder, save_compressed=True)
-        tokenizer.save_pretrained(folder)
+        load_tokenizer(model_dir).save_pretrained(folder)
         sizes = awq.linear_sizes(Path(folder))
         storage.upload(Path(folder), uri)
     logger.info("bits per byte %.4f -> %.4f, linear weights %.1f %%", before, after, sizes["linear_percent"])

@@ -15,6 +15,8 @@ from app.serving.auth import read_key_digests
 from app.serving.config import ServeConfig
 from app.serving.engine import engine_arguments, engine_environment, model_source
 
+STARTS = 2  # of an engine that never came up, before the deployment fails; Ray's own limit takes minutes to reach
+
 
 def build_app(args: ServeConfig) -> Application:
     """The application. Raises ValueError without an API key, or when model_uri is not the model that args name."""
@@ -44,6 +46,7 @@ def _llm_config(args: ServeConfig, use_gpu: bool) -> LLMConfig:
                 "target_ongoing_requests": args.target_ongoing_requests,
             },
             "max_ongoing_requests": 8 * args.target_ongoing_requests,
+            "max_constructor_retry_count": STARTS,
         },
         log_engine_metrics=True,
     )

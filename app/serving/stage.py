@@ -6,6 +6,7 @@ The same as `serve deploy` by hand; the deployed file is kept beside the run. An
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from app.serving.config import APPLICATION, DeployConfig, ServeConfig
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+_ERROR = re.compile(r"^(?=[\w.]+(?:Error|Exception): )", re.MULTILINE)  # the line that ends a traceback
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
@@ -36,6 +38,8 @@ def run(config: DeployConfig) -> Manifest:
     document = fill_in(_read(config.serve_config), manifest, config.port)
     dashboard_url = cluster.connect()
     storage.write_atomic(config.resolve(config.output_uri), yaml.safe_dump(document, sort_keys=False).encode())
+    if _state() == "DEPLOY_FAILED":
+        serve.delete(APPLICATION)  # Serve does not try an unchanged application again
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(document, file)
         file.flush()
@@ -76,19 +80,31 @@ def _read(path: str) -> dict[str, Any]:
     return document
 
 
+def _state() -> str:
+    application = serve.status().applications.get(APPLICATION)
+    return application.status.value if application else "NOT_STARTED"
+
+
+def _reason() -> str:
+    """What Serve says of the application and its deployments: of each traceback the error itself."""
+    application = serve.status().applications.get(APPLICATION)
+    if not application:
+        return ""
+    said = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    return "\n".join(dict.fromkeys(_ERROR.split(message)[-1].strip() for message in said if message))
+
+
 def _wait_until_running(timeout_seconds: float) -> None:
     deadline = time.monotonic() + timeout_seconds
     said = ""
     while True:
-        application = serve.status().applications.get(APPLICATION)
-        state = application.status.value if application else "NOT_STARTED"
+        state = _state()
         if state == "RUNNING":
             logger.info("%s is running", APPLICATION)
             return
-        message = application.message if application else ""
         if state in _FAILED or time.monotonic() > deadline:
             why = state if state in _FAILED else f"not ready after {timeout_seconds:.0f} s ({state})"
-            raise ValueError(f"{APPLICATION}: {why}: {message or 'see the Serve tab of the Ray dashboard'}")
+            raise ValueError(f"{APPLICATION}: {why}: {_reason()}\nthe Serve tab of the Ray dashboard has the logs")
         if state != said:
             said = state
             logger.info("%s: %s", APPLICATION, state.lower())

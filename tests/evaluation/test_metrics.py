@@ -3,7 +3,7 @@ import math
 import pytest
 
 from app.evaluation.metrics import bits_per_byte, unigram_byte_bits_per_byte
-from app.evaluation.report import loss_curve, render
+from app.evaluation.report import loss_curve, moving_average, render
 
 
 def test_bits_per_byte_by_hand() -> None:
@@ -50,3 +50,8 @@ def test_the_report_shows_figures_curve_and_samples_and_loads_nothing() -> None:
 
 def test_a_curve_without_evaluation_is_drawn() -> None:
     assert loss_curve([{"step": 0, "loss": 1.0}]).startswith("<svg")
+
+
+def test_the_moving_average_starts_at_the_first_value_and_forgets() -> None:
+    assert moving_average([4.0, 4.0, 4.0]) == pytest.approx([4, 4, 4])
+    assert moving_average([0.0, 1.0], memory=0.5) == pytest.approx([0, 2 / 3])

@@ -1,6 +1,7 @@
 """What is handed to `serve deploy`, and what is said when it cannot be."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,3 +62,44 @@ def test_no_model_or_no_file_is_refused_without_ray(tmp_path: Path) -> None:
     publish(Manifest.draft("model", str(tmp_path / "quantized"), RunConfig(), {}), {})
     with pytest.raises(ValueError, match=r"serve_config: .*absent.yaml does not exist"):
         stage.run(config)
+
+
+TRACEBACK = """Traceback (most recent call last):
+  File "x.py", line 1, in build_app
+    raise ValueError("no API key: set KEY")
+ValueError: no API key: set KEY
+"""
+
+
+def fake_serve(*states: str, message: str = "", replica_message: str = "") -> SimpleNamespace:
+    """Serve that goes through these states of the application, one at each look, and stays in the last."""
+    left = list(states)
+    deployments = {"LLMServer": SimpleNamespace(message=replica_message), "Gateway": SimpleNamespace(message="")}
+
+    def status() -> SimpleNamespace:
+        state = left.pop(0) if len(left) > 1 else left[0]
+        application = SimpleNamespace(status=SimpleNamespace(value=state), message=message, deployments=deployments)
+        return SimpleNamespace(applications={"zero-to-one": application})
+
+    return SimpleNamespace(status=status)
+
+
+def test_waiting_ends_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "POLL_SECONDS", 0)
+    monkeypatch.setattr(stage, "serve", fake_serve("DEPLOYING", "DEPLOYING", "RUNNING"))
+    stage._wait_until_running(60)
+
+
+def test_waiting_ends_with_the_replicas_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "POLL_SECONDS", 0)
+    failing = fake_serve("DEPLOYING", "DEPLOY_FAILED", message=TRACEBACK, replica_message="out of memory")
+    monkeypatch.setattr(stage, "serve", failing)
+    with pytest.raises(ValueError, match=r"DEPLOY_FAILED: ValueError: no API key: set KEY\nout of memory\n") as raised:
+        stage._wait_until_running(60)
+    assert "x.py" not in str(raised.value)
+
+
+def test_waiting_ends_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "serve", fake_serve("DEPLOYING"))
+    with pytest.raises(ValueError, match=r"not ready after 0 s \(DEPLOYING\)"):
+        stage._wait_until_running(0)

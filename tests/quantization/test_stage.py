@@ -1,0 +1,83 @@
+"""Quantization on the shared cluster, and the result read back by the environment that serves it."""
+
+import math
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors import safe_open
+
+from app.artifacts import Manifest, read_manifest
+from app.quantization import stage
+from app.quantization.config import QuantizeConfig
+from tests.tiny_trained import UNTRAINED_BITS_PER_BYTE, write_artifacts
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def settings(root: Path, **changes: object) -> QuantizeConfig:
+    values = {"storage_uri": str(root), "group_size": 128, "num_calibration_samples": 16}
+    return QuantizeConfig.model_validate(values | changes)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantize")
+    write_artifacts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(root: Path, cluster: object) -> Manifest:
+    return stage.run(settings(root))
+
+
+def test_the_packed_weights_are_small_and_the_loss_is_bounded(root: Path, quantized: Manifest) -> None:
+    figures = quantized.figures
+    assert figures["linear_percent"] <= 14
+    assert abs(figures["loss_percent"]) < 5
+    assert figures["bits_per_byte_before"] < 0.5 * UNTRAINED_BITS_PER_BYTE  # something has been learned: it can be lost
+    with safe_open(root / "quantized" / "model.safetensors", "np") as file:
+        names = set(file.keys())
+    packed = {name for name in names if name.endswith(".weight_packed")}
+    assert len(packed) == 2 * 7  # q, k, v, o, gate, up, down in two layers; embedding and head stay whole
+    assert not {name for name in names if name.endswith("_proj.weight")}
+    assert set(quantized.inputs) == {"model", "corpus"}
+
+
+def test_what_was_saved_is_what_was_measured(root: Path, quantized: Manifest) -> None:
+    """transformers with the older compressed-tensors reads the files and gets the bits per byte of the manifest."""
+    from app.models import load_model, load_tokenizer, score_documents
+
+    folder = root / "quantized"
+    texts = pq.read_table(root / "corpus" / "held_out" / "0.parquet")["text"].to_pylist()
+    tokenizer = load_tokenizer(folder)
+    documents = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    nats = sum(score_documents(load_model(folder), documents, tokenizer.eos_token_id))
+    bits = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    assert bits == pytest.approx(quantized.figures["bits_per_byte_after"], rel=1e-3)
+    assert bits != pytest.approx(quantized.figures["bits_per_byte_before"], rel=1e-6)  # it is not the old model
+    assert tokenizer.chat_template == load_tokenizer(root / "model").chat_template
+
+
+def test_the_same_seed_gives_the_same_weights_and_a_rerun_skips(root: Path, quantized: Manifest) -> None:
+    before = (root / "quantized" / "model.safetensors").stat().st_mtime_ns
+    assert stage.run(settings(root)).digest == quantized.digest
+    assert (root / "quantized" / "model.safetensors").stat().st_mtime_ns == before
+    again = stage.run(settings(root, output_uri="again"))
+    assert again.figures == quantized.figures
+    name = "model.safetensors"
+    assert (root / "again" / name).read_bytes() == (root / "quantized" / name).read_bytes()
+
+
+def test_a_missing_overlay_names_the_command_that_installs_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "OVERLAY_DIR", root / "nowhere")
+    with pytest.raises(ValueError, match=r"pip install --no-deps --target .*nowhere"):
+        stage.run(settings(root, output_uri="never"))
+    with pytest.raises(ValueError, match="no complete model artifact"):
+        read_manifest(str(root / "never"), "model")
+
+
+def test_a_quantized_model_is_not_quantized_again(root: Path, quantized: Manifest) -> None:
+    with pytest.raises(ValueError, match="is quantized already; name the model it was made from"):
+        stage.run(settings(root, model_uri="quantized", output_uri="never"))
