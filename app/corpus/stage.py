@@ -26,6 +26,7 @@ from app.records import CLEAN_DOCUMENT, REJECTED_DOCUMENT, SPLITS
 
 logger = logging.getLogger(__name__)
 
+_UNREADABLE = "unreadable_file"  # travels as a row, so that all damaged files are named at once, without a traceback
 BATCH_DOCUMENTS = 2000
 BATCH_CHARACTERS = 8_000_000
 _PLACE = (("file", pa.int32()), ("position", pa.int64()), ("partition", pa.int32()))
@@ -62,6 +63,8 @@ def run(config: CorpusConfig) -> Manifest:
         counts[row["counter"]] += row["count"]
         if row["counter"] == "raw":
             logger.info("%d raw documents done", counts["raw"])
+    if damaged := sorted(name.removeprefix(f"{_UNREADABLE} ") for name in counts if name.startswith(_UNREADABLE)):
+        raise ValueError("\n".join(damaged))
     return publish(draft, summarize(counts, config))
 
 
@@ -70,7 +73,7 @@ def judged_documents(file: RawFile, config: CorpusConfig) -> Iterator[pa.Table]:
     rules = build_rules(config.rules)
     rows: list[dict[str, Any]] = []
     characters = 0
-    for position, record in enumerate(read_records(file, config.max_line_bytes)):
+    for position, record in enumerate(_records_and_damage(file, config.max_line_bytes)):
         row = _judge(record, rules)
         row |= {"source": file.source, "file": file.index, "position": position}
         row["partition"] = partition_of(row["id"], config.num_partitions)
@@ -80,6 +83,13 @@ def judged_documents(file: RawFile, config: CorpusConfig) -> Iterator[pa.Table]:
             yield pa.Table.from_pylist(rows, _JUDGED)
             rows, characters = [], 0
     yield pa.Table.from_pylist(rows, _JUDGED)
+
+
+def _records_and_damage(file: RawFile, max_line_bytes: int) -> Iterator[Record]:
+    try:
+        yield from read_records(file, max_line_bytes)
+    except ValueError as error:
+        yield Record(str(error), _UNREADABLE)
 
 
 def _judge(record: Record, rules: list[Rule]) -> dict[str, Any]:
@@ -95,7 +105,8 @@ def _judge(record: Record, rules: list[Rule]) -> dict[str, Any]:
     if reason is None:
         return {"id": document_id(text), "rule": "", "excerpt": "", "text": text}
     readable = text.encode("utf-8", "replace").decode("utf-8")
-    return {"id": document_id(readable), "rule": reason, "excerpt": readable[:EXCERPT_CHARACTERS], "text": ""}
+    excerpt = readable if reason == _UNREADABLE else readable[:EXCERPT_CHARACTERS]
+    return {"id": document_id(readable), "rule": reason, "excerpt": excerpt, "text": ""}
 
 
 def write_partition(group: pa.Table, config: CorpusConfig) -> pa.Table:
@@ -125,7 +136,8 @@ def _count(outputs: dict[str, list[dict[str, Any]]], num_raw: int) -> pa.Table:
     for split in SPLITS:
         counts[f"{split}.documents"] = len(outputs[split])
         counts[f"{split}.bytes"] = sum(len(row["text"].encode("utf-8")) for row in outputs[split])
-    counts.update(f"rejected.{row['rule']}" for row in outputs["rejected"])
+    for row in outputs["rejected"]:
+        counts[f"{_UNREADABLE} {row['excerpt']}" if row["rule"] == _UNREADABLE else f"rejected.{row['rule']}"] += 1
     return pa.table({"counter": list(counts), "count": list(counts.values())})
 
 

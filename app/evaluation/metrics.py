@@ -1,4 +1,4 @@
-"""Bits per byte of a language model, and of a model that knows byte frequencies only: the number to be below."""
+"""Bits per byte of a language model, and of models that know frequencies only: the numbers to be below."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
     return nats / math.log(2) / num_bytes
 
 
-def unigram_byte_bits_per_byte(train: Iterable[bytes], held_out: Iterable[bytes]) -> float:
-    """What a model costs that knows only how frequent each byte is: fitted on train with add-one smoothing."""
-    counts = Counter(dict.fromkeys(range(256), 1))
-    for text in train:
-        counts.update(text)
+def unigram_bits(train: Iterable[Iterable[int]], held_out: Iterable[Iterable[int]], num_symbols: int) -> float:
+    """What held_out costs under a model that knows only how frequent each symbol is, in bits.
+
+    Symbols are 0 ≤ symbol < num_symbols: bytes or token ids; frequencies are those of train with add-one smoothing.
+    """
+    counts = Counter(dict.fromkeys(range(num_symbols), 1))
+    for sequence in train:
+        counts.update(sequence)
     total = counts.total()
     seen: Counter[int] = Counter()
-    for text in held_out:
-        seen.update(text)
-    bits = sum(number * -math.log2(counts[value] / total) for value, number in seen.items())
-    return bits / seen.total()
+    for sequence in held_out:
+        seen.update(sequence)
+    return sum(number * -math.log2(counts[symbol] / total) for symbol, number in seen.items())

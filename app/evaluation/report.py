@@ -22,7 +22,8 @@ mark { background: #e3f2e6; }
 EXPLANATIONS = {
     "bits_per_byte": "held-out cross-entropy in bits, divided by UTF-8 bytes; lower is better",
     "unigram_byte_bits_per_byte": "the same for a model that knows byte frequencies only",
-    "reduction_percent": "how far the model is below that",
+    "unigram_token_bits_per_byte": "the same for a model that knows the tokens' frequencies only",
+    "reduction_percent": "how far the model is below unigram bytes; an untrained model with a good tokenizer is too",
     "documents": "held-out documents scored",
     "bleu": "greedy continuations against the documents' own; sacrebleu, Chinese characters, 0 to 100",
     "rouge1": "F-measure over single characters, 0 to 1",

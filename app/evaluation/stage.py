@@ -17,11 +17,13 @@ from app import cluster, storage
 from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
 from app.evaluation import generation, metrics, report
 from app.evaluation.config import EvaluateConfig
+from app.models import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 CHARACTERS_PER_TOKEN = 2  # more than most tokens hold: a document so long fills prompt and continuation
 SAMPLES_SHOWN = 8
+BASELINE_DOCUMENTS = 50_000  # training documents that the unigram models are fitted on
 
 
 def run(config: EvaluateConfig) -> Manifest:
@@ -54,14 +56,21 @@ def run(config: EvaluateConfig) -> Manifest:
 
 def _score(model_uri: str, corpus_uri: str, held_out: list[str], config: EvaluateConfig) -> dict[str, Any]:
     logger.info("scoring %d held-out documents", len(held_out))
-    encoded = [text.encode() for text in held_out]
-    nats = sum(generation.score(model_uri, held_out, config.num_shards))
-    bits = metrics.bits_per_byte(nats, sum(map(len, encoded)))
-    baseline = metrics.unigram_byte_bits_per_byte((text.encode() for text in _texts(f"{corpus_uri}/train")), encoded)
+    num_bytes = sum(len(text.encode()) for text in held_out)
+    bits = metrics.bits_per_byte(sum(generation.score(model_uri, held_out, config.num_shards)), num_bytes)
+    train = list(islice(_texts(f"{corpus_uri}/train"), BASELINE_DOCUMENTS))
+    of_bytes = metrics.unigram_bits(map(str.encode, train), map(str.encode, held_out), 256) / num_bytes
+    with storage.local_copy(model_uri) as folder:
+        tokenizer = load_tokenizer(folder)
+    train_ids, held_out_ids = (
+        tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for texts in (train, held_out)
+    )
+    of_tokens = metrics.unigram_bits(train_ids, held_out_ids, len(tokenizer)) / num_bytes
     return {
         "bits_per_byte": round(bits, 4),
-        "unigram_byte_bits_per_byte": round(baseline, 4),
-        "reduction_percent": round(100 * (1 - bits / baseline), 2),
+        "unigram_token_bits_per_byte": round(of_tokens, 4),
+        "unigram_byte_bits_per_byte": round(of_bytes, 4),
+        "reduction_percent": round(100 * (1 - bits / of_bytes), 2),
         "documents": len(held_out),
     }
 

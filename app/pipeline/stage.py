@@ -93,7 +93,8 @@ def _stage(name: str) -> tuple[Callable[[Any], Manifest], Callable[[Figures], tu
 
         return evaluation.run, lambda f: (
             f"{f['documents']:,} held-out documents → report",
-            f"{f['bits_per_byte']:.3f} bits per byte, {f['reduction_percent']:.0f} % below unigram bytes",
+            f"{f['bits_per_byte']:.3f} bits per byte (unigram tokens {f['unigram_token_bits_per_byte']:.3f}, "
+            f"bytes {f['unigram_byte_bits_per_byte']:.3f})",
         )
     if name == "quantize_model":
         from app.quantization import stage as quantization

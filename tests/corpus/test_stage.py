@@ -88,13 +88,10 @@ def test_nothing_left_names_sources_and_rules(cluster: object, tmp_path: Path) -
         make(tmp_path)
 
 
-def test_a_corrupt_file_ends_the_job_with_its_name(cluster: object, tmp_path: Path) -> None:
-    from app.logs import user_error
-
+def test_all_corrupt_files_are_named_and_nothing_is_published(cluster: object, tmp_path: Path) -> None:
     write_raw(tmp_path / "raw", 1)
-    (tmp_path / "raw" / "z.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(Exception, match=r"z\.jsonl\.gz") as raised:
+    for name in ("x", "y"):
+        (tmp_path / "raw" / f"{name}.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz: cannot be read .*\n.*y\.jsonl\.gz: cannot be read"):
         make(tmp_path)
-    cause = user_error(raised.value)
-    assert cause is not None
-    assert "repair the file" in str(cause)
+    assert not (tmp_path / "corpus" / "manifest.json").exists()

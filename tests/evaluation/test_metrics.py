@@ -2,15 +2,16 @@ import math
 
 import pytest
 
-from app.evaluation.metrics import bits_per_byte, unigram_byte_bits_per_byte
+from app.evaluation.metrics import bits_per_byte, unigram_bits
 from app.evaluation.report import loss_curve, moving_average, render
 
 
 def test_bits_per_byte_by_hand() -> None:
     assert bits_per_byte(nats=8 * math.log(2), num_bytes=4) == pytest.approx(2)
-    assert unigram_byte_bits_per_byte([], [b"ab"]) == pytest.approx(8)
+    assert unigram_bits([], [b"ab"], 256) == pytest.approx(2 * 8)
     # 256 counts of one and 256 more of "a": a costs -log2(257/512), b costs 9 bits
-    assert unigram_byte_bits_per_byte([b"a" * 256], [b"ab"]) == pytest.approx((-math.log2(257 / 512) + 9) / 2)
+    assert unigram_bits([b"a" * 256], [b"ab"], 256) == pytest.approx(-math.log2(257 / 512) + 9)
+    assert unigram_bits([[0, 1], [0]], [[0]], 2) == pytest.approx(-math.log2(3 / 5))
 
 
 @pytest.mark.slow
