@@ -17,8 +17,10 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def configure(level: int = logging.INFO) -> None:
-    """Log lines on stderr: time, level, module, message."""
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    """Log lines on stderr: time, level, module, message; of libraries, warnings only."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
     logging.getLogger("app").setLevel(level)
 
 

@@ -18,14 +18,14 @@ from typing import IO
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from app import storage
 from app.corpus.config import CorpusConfig, Format
 
 EXCERPT_CHARACTERS = 200
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pa.ArrowInvalid)
+PARQUET_BATCH_ROWS = 100  # a row may be a whole book
+_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
 
 
 @dataclass(frozen=True)
@@ -81,37 +81,54 @@ def _parquet(file: RawFile) -> Iterator[Record]:
         if file.text_key not in parquet.schema_arrow.names:
             known = ", ".join(parquet.schema_arrow.names)
             raise ValueError(f"{file.uri}: no column {file.text_key!r}; set text_key to one of: {known}")
-        for batch in parquet.iter_batches(batch_size=1000, columns=[file.text_key]):
-            for text in batch.column(0).to_pylist():
-                yield Record(text) if isinstance(text, str) else Record(str(text), "missing_text")
+        for batch in parquet.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[file.text_key]):
+            for value in _without_decoding(batch.column(0)).to_pylist():
+                yield _decode(value) if isinstance(value, bytes) else Record(str(value), "missing_text")
+
+
+def _without_decoding(column: pa.Array) -> pa.Array:
+    """Strings as their bytes: Arrow does not check that they are UTF-8, and one that is not would end the reading."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    return column.cast(pa.large_binary()) if is_text else column
 
 
 def _lines(uri: str, max_line_bytes: int) -> Iterator[bytes | Record]:
     compression = COMPRESSIONS.get(PurePosixPath(uri).suffix)
-    with fsspec.open(uri, "rb", compression=compression) as opened:
-        stream: IO[bytes] = io.BufferedReader(opened, 1 << 20) if compression == "zstd" else opened
+    is_zstd = compression == "zstd"  # fsspec's reader takes a file that was cut short for a whole one; Arrow's does not
+    with fsspec.open(uri, "rb", compression=None if is_zstd else compression) as opened:
+        stream: IO[bytes] = io.BufferedReader(pa.CompressedInputStream(opened, "zstd"), 1 << 20) if is_zstd else opened
         while line := stream.readline(max_line_bytes):
             if len(line) == max_line_bytes and not line.endswith(b"\n"):
                 while (rest := stream.readline(max_line_bytes)) and not rest.endswith(b"\n"):
                     pass
-                yield Record(line[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "replace"), "too_long")
+                yield Record(_excerpt(line), "too_long")
             elif line.strip():
                 yield line
 
 
 def _parse(line: bytes, file: RawFile) -> Record:
+    decoded = _decode(line)
+    if decoded.reason or file.format == "text":
+        return decoded
     try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError:
-        return Record(line[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "replace"), "invalid_utf8")
-    if file.format == "text":
-        return Record(text)
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return Record(text, "invalid_json")
+        value = json.loads(decoded.text)
+    except (ValueError, RecursionError):  # a JSONDecodeError, or a number of thousands of digits
+        return Record(decoded.text, "invalid_json")
     content = value.get(file.text_key) if isinstance(value, dict) else None
-    return Record(content) if isinstance(content, str) else Record(text, "missing_text")
+    return Record(content) if isinstance(content, str) else Record(decoded.text, "missing_text")
+
+
+def _decode(content: bytes) -> Record:
+    try:
+        return Record(content.decode("utf-8-sig"))  # files made on Windows begin with a byte order mark
+    except UnicodeDecodeError:
+        return Record(_excerpt(content), "invalid_utf8")
+
+
+def _excerpt(content: bytes) -> str:
+    return content[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "replace")
 
 
 def _format(given: Format, uri: str) -> Format:

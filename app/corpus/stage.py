@@ -27,6 +27,7 @@ from app.records import CLEAN_DOCUMENT, REJECTED_DOCUMENT, SPLITS
 logger = logging.getLogger(__name__)
 
 _UNREADABLE = "unreadable_file"  # travels as a row, so that all damaged files are named at once, without a traceback
+_END_OF_FILE = "end_of_file"  # a row too; its position is the number of records read, to count against what arrives
 BATCH_DOCUMENTS = 2000
 BATCH_CHARACTERS = 8_000_000
 _PLACE = (("file", pa.int32()), ("position", pa.int64()), ("partition", pa.int32()))
@@ -61,10 +62,11 @@ def run(config: CorpusConfig) -> Manifest:
     )
     for row in written.iter_rows():
         counts[row["counter"]] += row["count"]
-        if row["counter"] == "raw":
-            logger.info("%d raw documents done", counts["raw"])
+        if row["counter"] == "train.documents":
+            logger.info("%d documents written to the train split", counts["train.documents"])
     if damaged := sorted(name.removeprefix(f"{_UNREADABLE} ") for name in counts if name.startswith(_UNREADABLE)):
         raise ValueError("\n".join(damaged))
+    assert counts["files"] == len(files), (counts, "a file was lost")
     return publish(draft, summarize(counts, config))
 
 
@@ -72,7 +74,7 @@ def judged_documents(file: RawFile, config: CorpusConfig) -> Iterator[pa.Table]:
     """The documents of a file, normalised and judged, as tables of some thousand rows; rule is "" for clean ones."""
     rules = build_rules(config.rules)
     rows: list[dict[str, Any]] = []
-    characters = 0
+    position, characters = -1, 0
     for position, record in enumerate(_records_and_damage(file, config.max_line_bytes)):
         row = _judge(record, rules)
         row |= {"source": file.source, "file": file.index, "position": position}
@@ -82,6 +84,8 @@ def judged_documents(file: RawFile, config: CorpusConfig) -> Iterator[pa.Table]:
         if len(rows) == BATCH_DOCUMENTS or characters > BATCH_CHARACTERS:
             yield pa.Table.from_pylist(rows, _JUDGED)
             rows, characters = [], 0
+    end = {"id": "", "rule": _END_OF_FILE, "source": file.source, "excerpt": "", "text": "", "file": file.index}
+    rows.append(end | {"position": position + 1, "partition": file.index % config.num_partitions})
     yield pa.Table.from_pylist(rows, _JUDGED)
 
 
@@ -114,7 +118,8 @@ def write_partition(group: pa.Table, config: CorpusConfig) -> pa.Table:
     group = group.sort_by([("rule", "ascending"), ("file", "ascending"), ("position", "ascending")])
     rows = group.to_pylist()
     clean = [row for row in rows if not row["rule"]]
-    rejected = [row for row in rows if row["rule"]]
+    ends = [row for row in rows if row["rule"] == _END_OF_FILE]
+    rejected = [row for row in rows if row["rule"] and row["rule"] != _END_OF_FILE]
     outputs: dict[str, list[dict[str, Any]]] = {"train": [], "held_out": [], "rejected": rejected}
     for row, duplicate in zip(clean, mark_duplicates(row["id"] for row in clean), strict=True):
         if duplicate:
@@ -128,11 +133,11 @@ def write_partition(group: pa.Table, config: CorpusConfig) -> pa.Table:
         path = f"{uri}/{name}/part-{group['partition'][0].as_py():05d}.parquet"
         with storage.open_file(path, "wb") as target:
             pq.write_table(pa.Table.from_pylist(documents, schema), target, compression="zstd")
-    return _count(outputs, len(rows))
+    return _count(outputs, [row["position"] for row in ends])
 
 
-def _count(outputs: dict[str, list[dict[str, Any]]], num_raw: int) -> pa.Table:
-    counts: Counter[str] = Counter({"raw": num_raw})
+def _count(outputs: dict[str, list[dict[str, Any]]], records_of_files: list[int]) -> pa.Table:
+    counts: Counter[str] = Counter({"files": len(records_of_files), "raw": sum(records_of_files)})
     for split in SPLITS:
         counts[f"{split}.documents"] = len(outputs[split])
         counts[f"{split}.bytes"] = sum(len(row["text"].encode("utf-8")) for row in outputs[split])

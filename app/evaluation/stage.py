@@ -63,7 +63,8 @@ def _score(model_uri: str, corpus_uri: str, held_out: list[str], config: Evaluat
     with storage.local_copy(model_uri) as folder:
         tokenizer = load_tokenizer(folder)
     train_ids, held_out_ids = (
-        tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for texts in (train, held_out)
+        tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for texts in (train, held_out)
     )
     of_tokens = metrics.unigram_bits(train_ids, held_out_ids, len(tokenizer)) / num_bytes
     return {

@@ -45,7 +45,7 @@ def run(config: QuantizeConfig) -> Manifest:
     logger.info("quantizing %s, group size %d", model.uri, config.group_size)
     path = os.pathsep.join([str(OVERLAY_DIR), *filter(None, [os.environ.get("PYTHONPATH")])])
     task = ray.remote(_quantize).options(
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
+        runtime_env={"env_vars": {"PYTHONPATH": path, "TQDM_DISABLE": "1"}},  # else a bar for each layer and step
         num_cpus=config.num_cpus,
         num_gpus=1 if cluster.has_gpu() else 0,
     )

@@ -25,7 +25,7 @@ from app.tokens.config import PackConfig, TokenizerConfig
 
 logger = logging.getLogger(__name__)
 
-BATCH_DOCUMENTS = 1000
+BATCH_CHARACTERS = 2_000_000  # of text encoded at a time, whether reviews or books
 
 
 def run_tokenizer(config: TokenizerConfig) -> Manifest:
@@ -73,8 +73,16 @@ def _batches(corpus_uri: str, split: str) -> Iterator[list[str]]:
 
 def _file_batches(uri: str) -> Iterator[list[str]]:
     with storage.open_file(uri) as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_DOCUMENTS, columns=["text"]):
-            yield batch.column(0).to_pylist()
+        texts: list[str] = []
+        characters = 0
+        for rows in pq.ParquetFile(file).iter_batches(batch_size=100, columns=["text"]):
+            for text in rows.column(0).to_pylist():
+                texts.append(text)
+                characters += len(text)
+                if characters >= BATCH_CHARACTERS:
+                    yield texts
+                    texts, characters = [], 0
+        yield texts
 
 
 def run(config: PackConfig) -> Manifest:

@@ -23,6 +23,7 @@ PATTERN = "|".join(
         r"\p{N}{1,3}",
         r" ?[^\s\p{L}\p{M}\p{N}]+",
         r"\s*[\r\n]+",
+        r"\s+(?!\S)",  # of a run of spaces the last one stays for the word
         r"\s+",
     ]
 )

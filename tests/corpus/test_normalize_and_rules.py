@@ -15,6 +15,8 @@ BOUNDS = RulesConfig(min_characters=4, max_characters=100)
         ("\ufeff  刘备\u3000\u3000关羽 \r\n\r\n\r\n\r\n张飞\n", "刘备 关羽\n\n张飞"),
         ("e\u0301", "\u00e9"),
         ("a\x00b\u200bc\u202e", "abc"),
+        ("刘备\u2028关羽\x0c张飞\x85赵云", "刘备\n关羽\n张飞\n赵云"),
+        ("刘备\u2003\u202f关羽", "刘备 关羽"),
         ("全角，标点。ＡＢＣ", "全角，标点。ＡＢＣ"),
         (" \n\t ", ""),
     ],
@@ -23,7 +25,7 @@ def test_normalize(raw: str, expected: str) -> None:
     assert normalize(raw) == expected
 
 
-AWKWARD = "刘备ab1，。 \t\n\r\x00\u3000\u00a0\u200b\ufeffe\u0301\u1100\u1161"
+AWKWARD = "刘备ab1，。 \t\n\r\x00\u3000\u00a0\u200b\ufeff\u2001\u2028\x85e\u0301\u1100\u1161"
 
 
 @given(st.text(st.sampled_from(AWKWARD)))

@@ -1,5 +1,8 @@
+import bz2
 import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +17,7 @@ from app.corpus.sources import RawFile, Record, find_files, read_records
 
 LINES = [{"text": "刘备"}, {"text": "关羽"}]
 JSONL = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in LINES).encode()
+COMPRESSORS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
 
 
 def read(path: Path, max_line_bytes: int = 1 << 20, text_key: str = "text") -> list[Record]:
@@ -49,11 +53,12 @@ def test_a_bad_line_is_a_named_rejection_and_reading_goes_on(tmp_path: Path) -> 
         b'{"text": 1}\n',
         b"[1]\n",
         b"\xff\xfe\n",
-        b'{"text": "' + b"x" * 3000 + b'"}\n',
+        b'{"text": "' + b"x" * 7000 + b'"}\n',
         b"[" * 990 + b"\n",
+        b'{"text": "a", "number": ' + b"1" * 5000 + b"}\n",
     ]
     (tmp_path / "a.jsonl").write_bytes(b"".join(bad) + JSONL)
-    records = read(tmp_path / "a.jsonl", max_line_bytes=2000)
+    records = read(tmp_path / "a.jsonl", max_line_bytes=6000)
     reasons = [record.reason for record in records]
     assert reasons == [
         "invalid_json",
@@ -61,6 +66,7 @@ def test_a_bad_line_is_a_named_rejection_and_reading_goes_on(tmp_path: Path) -> 
         "missing_text",
         "invalid_utf8",
         "too_long",
+        "invalid_json",
         "invalid_json",
         None,
         None,
@@ -86,10 +92,35 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
         read(tmp_path / name)
 
 
-def test_a_cut_gzip_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(JSONL * 1000)[:-20])
-    with pytest.raises(ValueError, match="cannot be read"):
-        read(tmp_path / "a.jsonl.gz")
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESSORS.items())
+def test_a_file_cut_short_is_named_and_not_taken_for_a_whole_one(
+    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(compress(JSONL * 1000)[:-9])
+    with pytest.raises(ValueError, match=rf"a\.jsonl\.{suffix}: cannot be read"):
+        read(path)
+
+
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESSORS.items())
+def test_files_compressed_one_by_one_and_put_together_are_read_to_the_end(
+    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(compress(JSONL) * 3)
+    assert len(read(tmp_path / f"a.jsonl.{suffix}")) == 3 * len(LINES)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + JSONL)
+    assert read(tmp_path / "a.jsonl") == [Record("刘备"), Record("关羽")]
+
+
+def test_a_parquet_string_that_is_no_utf8_is_a_named_rejection(tmp_path: Path) -> None:
+    _, offsets, content = pa.array([b"good", b"\xff\xfe"]).buffers()
+    pq.write_table(
+        pa.table({"text": pa.Array.from_buffers(pa.string(), 2, [None, offsets, content])}), tmp_path / "a.parquet"
+    )
+    assert [record.reason for record in read(tmp_path / "a.parquet")] == [None, "invalid_utf8"]
 
 
 def test_a_missing_or_unknown_file_is_named(tmp_path: Path) -> None:

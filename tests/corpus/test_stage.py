@@ -5,12 +5,14 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from app.artifacts import Manifest, read_manifest
 from app.corpus import stage
 from app.corpus.config import CorpusConfig
+from app.corpus.sources import find_files
 
 pytestmark = pytest.mark.ray
 
@@ -95,3 +97,21 @@ def test_all_corrupt_files_are_named_and_nothing_is_published(cluster: object, t
     with pytest.raises(ValueError, match=r"x\.jsonl\.gz: cannot be read .*\n.*y\.jsonl\.gz: cannot be read"):
         make(tmp_path)
     assert not (tmp_path / "corpus" / "manifest.json").exists()
+
+
+def test_a_document_lost_between_reading_and_writing_is_noticed(tmp_path: Path) -> None:
+    write_raw(tmp_path / "raw", 1)
+    config = CorpusConfig.model_validate(
+        {"sources": [{"name": "novel", "uri": "raw/*.gz"}], "storage_uri": str(tmp_path), "num_partitions": 1}
+    )
+    (file,) = find_files(config)
+    judged = pa.concat_tables(stage.judged_documents(file, config))
+    for table, is_whole in ((judged, True), (judged.slice(1), False)):
+        written = stage.write_partition(table, config)
+        counts = Counter({row["counter"]: row["count"] for row in written.to_pylist()})
+        assert counts["raw"] == len(RAW) + 1
+        if is_whole:
+            assert stage.summarize(counts, config)["clean"] == len(TEXTS)
+        else:
+            with pytest.raises(AssertionError, match="a document was lost"):
+                stage.summarize(counts, config)

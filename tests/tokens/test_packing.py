@@ -36,6 +36,13 @@ def test_no_token_and_no_document_is_lost(shards: list[list[list[int]]], block_t
     assert len(tail.input_ids) < block_tokens
 
 
+def test_a_stream_longer_than_32_bits_keeps_its_starts() -> None:
+    stream = packing.Stream(np.array([1, 2], np.int32), np.array([0], np.int64))
+    far = packing.Stream(np.broadcast_to(np.int32(7), 2**31), np.empty(0, np.int64))  # 2^31 tokens in 4 bytes
+    starts = packing.join_starts([far, stream])
+    assert starts.tolist() == [2**31]
+
+
 @given(documents, st.integers(1, 9))
 def test_starts_point_to_the_first_token_of_a_document(shard: list[list[int]], block_tokens: int) -> None:
     stream = packing.concatenate_documents(shard, END)

@@ -36,6 +36,12 @@ def test_no_token_crosses_a_border_of_scripts(trained: Tokenizer) -> None:
     assert any(kinds(piece) == {"letter"} for piece in merged)
 
 
+def test_of_a_run_of_spaces_the_last_one_stays_for_the_word(trained: Tokenizer) -> None:
+    text = "def f:\n    return"
+    pieces = [text[begin:end] for _, (begin, end) in trained.pre_tokenizer.pre_tokenize_str(text)]
+    assert pieces == ["def", " f", ":", "\n", "   ", " return"]
+
+
 def test_special_tokens_come_first_and_the_size_is_kept(trained: Tokenizer) -> None:
     assert [trained.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3]
     assert 4 + 256 < trained.get_vocab_size() <= 500
