@@ -27,8 +27,6 @@ setup: .venv/ready
 	@echo "Installing llm-compressor beside them: it needs another compressed-tensors than vLLM …"
 	@rm -rf .venv/overlays && $(PIP) --target .venv/overlays/quantization -r requirements/quantization.lock
 	@$(PIP) --no-build-isolation -e .
-	@echo "Building DeepSpeed's CPU operators (about a minute, once) …"
-	@$(BIN)/python -m app.training.build_ops
 	@touch $@
 
 demo: setup

@@ -52,7 +52,7 @@ class TrainConfig(RunConfig):
     global_batch_sequences: int = Field(32, ge=1, description="token blocks in one optimizer step, over all workers")
     micro_batch_sequences: int = Field(8, ge=1, description="token blocks in one forward pass of one worker")
     num_workers: int = Field(2, ge=1, description="Ray Train workers: one GPU each, or one CPU where there is no GPU")
-    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed ZeRO stage")
+    zero_stage: Literal[1, 2, 3] = Field(3, description="DeepSpeed ZeRO stage")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 for GPUs; it is slow on most CPUs")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     seed: int = Field(0, ge=0, description="of initial weights and data order")

@@ -11,7 +11,6 @@ import logging
 import math
 import time
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from app import logs
 from app.artifacts import read_manifest
 from app.training import batches, checkpoint, export, sampler
 from app.training.config import TrainConfig
+from app.training.held_out import HeldOut
 from app.training.schedule import learning_rate
 from app.training.telemetry import Telemetry
 from app.training.zero import deepspeed_config
@@ -29,10 +29,11 @@ from app.training.zero import deepspeed_config
 logger = logging.getLogger(__name__)
 
 
-def train_per_worker(job: dict[str, Any]) -> None:
+def train_per_worker(job: dict[str, Any]) -> str | None:
     """Train, evaluate, checkpoint, export. Collective: the same calls on every rank.
 
-    `job` holds config (a dumped TrainConfig), run_uri, use_gpu and end_of_text_id.
+    `job` holds config (a dumped TrainConfig), run_uri, use_gpu and end_of_text_id. Returns why the run diverged, or
+    None: raised, it would be a failure that Ray Train retries, and a resumed run diverges at the same step.
     """
     import deepspeed
     from transformers import AutoModelForCausalLM
@@ -42,6 +43,7 @@ def train_per_worker(job: dict[str, Any]) -> None:
     config, use_gpu = TrainConfig.model_validate(job["config"]), job["use_gpu"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    deepspeed.ops.__compatible_ops__ = {}  # else g++ builds a shared-memory all-reduce, which only inference calls
     deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo")
 
     tokens = read_manifest(config.resolve(config.tokens_uri), "tokens")
@@ -88,12 +90,14 @@ def train_per_worker(job: dict[str, Any]) -> None:
         loss_mean = _mean_over_ranks(loss_sum / config.accumulation_steps, world_size)
         values = {"loss": loss_mean, "learning_rate": rate, "grad_norm": float(engine.get_global_grad_norm())}
         values["tokens_per_second"] = step_tokens / (time.monotonic() - began)
-        if not math.isfinite(loss_mean):
-            raise ValueError(f"step {step}: loss is {loss_mean}; lower optimizer.learning_rate or check the data")
+        if not (math.isfinite(loss_mean) and math.isfinite(values["grad_norm"])):
+            telemetry.finish()
+            found = f"loss is {loss_mean}, gradient norm {values['grad_norm']}"
+            return f"step {step}: {found}; lower optimizer.learning_rate or check the data"
 
         last = step + 1 == config.num_steps
         if held_out and (last or (step + 1) % config.evaluation_interval_steps == 0):
-            values["held_out_bits_per_byte"] = held_out.bits_per_byte(engine, config, rank, world_size)
+            values["held_out_bits_per_byte"] = held_out.bits_per_byte(engine, config.micro_batch_sequences)
         telemetry.record(step, values)
         if last or (step + 1) % config.checkpoint_interval_steps == 0:
             checkpoint.save(engine, step + 1, telemetry.log, values)
@@ -102,43 +106,7 @@ def train_per_worker(job: dict[str, Any]) -> None:
     if rank == 0:
         export.export_model(engine.module, weights, telemetry.log, config)
     telemetry.finish()
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The held-out blocks [N, T] and the UTF-8 bytes that their scored tokens stand for."""
-
-    blocks: batches.Blocks
-    scored_bytes: float
-
-    @classmethod
-    def read(cls, tokens_uri: str, figures: Any) -> HeldOut | None:
-        """None when the split fills no block. A block's first token is context only; the tail is not scored.
-
-        The bytes are those of the split times the share of its tokens that are scored.
-        """
-        if not figures["blocks"]:
-            return None
-        blocks = batches.read_blocks(tokens_uri, "held_out")
-        scored_tokens = blocks.shape[0] * (blocks.shape[1] - 1)
-        return cls(blocks, figures["bytes"] * scored_tokens / figures["tokens"])
-
-    @torch.no_grad()
-    def bits_per_byte(self, engine: Any, config: TrainConfig, rank: int, world_size: int) -> float:
-        """Cross-entropy in bits over bytes; collective. Every rank runs as many forward passes as the others."""
-        once = config.micro_batch_sequences * world_size
-        engine.eval()
-        nats = torch.zeros((), dtype=torch.float64)
-        for start in range(0, len(self.blocks), once):
-            rows = np.arange(start, start + once)[rank::world_size]
-            inside = rows < len(self.blocks)
-            input_ids = torch.from_numpy(self.blocks[np.where(inside, rows, 0)]).long().to(engine.device)
-            logits = engine(input_ids=input_ids).logits[:, :-1].float()  # [B, T-1, V]
-            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
-            nats += losses.sum(1).double().cpu()[torch.from_numpy(inside)].sum()
-        engine.train()
-        total = _mean_over_ranks(nats.to(engine.device), world_size) * world_size
-        return total / math.log(2) / self.scored_bytes
+    return None
 
 
 def _mean_over_ranks(value: torch.Tensor, world_size: int) -> float:

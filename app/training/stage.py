@@ -21,11 +21,16 @@ from safetensors import safe_open
 from app import cluster, storage
 from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
 from app.models import END_OF_TEXT
-from app.training.build_ops import CPU_ENVIRONMENT
 from app.training.config import TrainConfig
+from app.training.telemetry import STARTS
 
 logger = logging.getLogger(__name__)
 
+CPU_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "LOCAL_SIZE": "1",  # the number of devices; unset, DeepSpeed runs numactl several times a step
+    "OMP_NUM_THREADS": "1",
+}
 _NOT_OF_THE_RUN = {"storage_uri", "overwrite", "output_uri", "max_failures", "wandb_mode", "keep_checkpoints"}
 
 
@@ -47,16 +52,19 @@ def run(config: TrainConfig) -> Manifest:
     cluster.connect()
     use_gpu = cluster.has_gpu()
     run_name = run_identity(draft)
-    job = {
+    job: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "run_uri": f"{config.resolve(config.checkpoints_uri)}/{run_name}",
         "use_gpu": use_gpu,
         "end_of_text_id": _end_of_text_id(tokenizer.uri),
     }
     logger.info("run %s: %d workers on %s", run_name, config.num_workers, "GPUs" if use_gpu else "CPUs")
-    _trainer(config, job, run_name).fit()
+    _refuse_damaged(job["run_uri"])
+    if diverged := _trainer(config, job, run_name).fit().return_value:
+        raise ValueError(diverged)
+    restarts = len(storage.list_files(f"{job['run_uri']}/{STARTS}")) - 1
     sizes = {"parameters": _num_parameters(uri), "block_tokens": tokens.config["block_tokens"]}
-    return publish(draft, sizes | summarize(_read_log(uri), config, sizes["block_tokens"]))
+    return publish(draft, sizes | summarize(_read_log(uri), config, sizes["block_tokens"]) | {"restarts": restarts})
 
 
 def run_identity(draft: Manifest) -> str:
@@ -64,6 +72,18 @@ def run_identity(draft: Manifest) -> str:
     settings = {name: value for name, value in draft.config.items() if name not in _NOT_OF_THE_RUN}
     content = [settings, {name: given.digest for name, given in draft.inputs.items()}]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _refuse_damaged(run_uri: str) -> None:
+    """Ray Train rewrites its list of complete checkpoints in place, so a kill can cut it short."""
+    path = f"{run_uri}/checkpoint_manager_snapshot.json"
+    if not storage.exists(path):
+        return
+    try:
+        with storage.open_file(path) as file:
+            json.load(file)
+    except ValueError:
+        raise ValueError(f"{path}: cut short by a kill; delete {run_uri} to train from the start") from None
 
 
 def _trainer(config: TrainConfig, job: dict[str, Any], run_name: str) -> TorchTrainer:

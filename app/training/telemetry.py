@@ -18,16 +18,19 @@ from app.training.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 5.0
+STARTS = "starts"  # holds one empty file for each time the run was started or resumed
 
 
 class Telemetry:
-    """Collects the steps of a run from `start_step` on; `log` holds the lines of the steps before."""
+    """Collects the steps of a run; `log` holds the lines of those that a checkpoint has already."""
 
     def __init__(self, config: TrainConfig, run_uri: str, log: str, speaks: bool) -> None:
         self.lines = log.splitlines()
         self.speaks = speaks
         self._config = config
         self._said = 0.0
+        if speaks:
+            storage.write_atomic(f"{run_uri}/{STARTS}/{time.time_ns()}", b"")
         self._wandb = _WandbRun(config, run_uri) if speaks and config.wandb_mode != "disabled" else None
 
     @property

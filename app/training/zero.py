@@ -30,5 +30,6 @@ def deepspeed_config(config: TrainConfig, use_gpu: bool) -> dict[str, Any]:
             "reduce_bucket_size": max(elements, 1_000_000),
             "stage3_prefetch_bucket_size": max(elements, 1_000_000),
             "stage3_param_persistence_threshold": 10 * config.model.hidden_size,  # norms stay whole, matrices do not
+            "memory_efficient_linear": use_gpu,  # a linear layer in Python: the same numbers, a third slower on a CPU
         },
     }
