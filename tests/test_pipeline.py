@@ -112,7 +112,8 @@ def test_the_model_has_learned(run: dict[str, Any]) -> None:
     assert report["bits_per_byte"] < 0.6 * report["unigram_token_bits_per_byte"]
     assert report["unigram_token_bits_per_byte"] < report["unigram_byte_bits_per_byte"]
     model = read_manifest(f"{run['root']}/model", "model").figures
-    assert report["bits_per_byte"] == pytest.approx(model["held_out_bits_per_byte"], rel=0.1)
+    # Documents one by one against blocks that run on from one document to the next: close, not equal.
+    assert report["bits_per_byte"] == pytest.approx(model["held_out_bits_per_byte"], abs=0.1)
 
 
 def test_the_quantized_model_is_small_and_close(run: dict[str, Any]) -> None:
