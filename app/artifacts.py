@@ -19,7 +19,8 @@ from app.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["corpus", "tokenizer", "tokens", "model", "report"]
+Kind = Literal["corpus", "augmented", "tokenizer", "tokens", "model", "report"]
+EVALUATION = "evaluation"  # begins the names of inputs that were kept out of a corpus
 MANIFEST_NAME = "manifest.json"
 _WHERE_NOT_WHAT = {"storage_uri", "overwrite"}  # settings that change where or whether, not what is made
 
@@ -87,6 +88,17 @@ def read_manifest(uri: str, kind: Kind) -> Manifest:
             what = "missing" if found is None else f"{found} bytes instead of {size}"
             raise ValueError(f"{file_uri}: {what}; the artifact is damaged: delete {uri} and run its stage again")
     return manifest.model_copy(update={"uri": uri})
+
+
+def states(config: RunConfig) -> list[str]:
+    """What lies at each artifact URI of a config: lines for `--dry-run`."""
+    lines = []
+    for name in type(config).model_fields:
+        if name.endswith("_uri") and name != "storage_uri" and (given := getattr(config, name)):
+            uri = config.resolve(given)
+            is_complete = storage.exists(f"{uri}/{MANIFEST_NAME}")
+            lines.append(f"{name}: {uri} is {'complete' if is_complete else 'not there yet'}")
+    return lines
 
 
 def find_complete(draft: Manifest, overwrite: bool) -> Manifest | None:

@@ -19,7 +19,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field
 
@@ -75,6 +77,41 @@ def connect() -> str:
 
     context = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING)
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+
+def exchange(
+    inputs: Sequence[tuple[Any, ...]],
+    split: Callable[..., Sequence[Any]],
+    merge: Callable[..., Any],
+    num_partitions: int,
+    extra: Sequence[Any] | None = None,
+) -> list[Any]:
+    """All-to-all on Ray tasks: `split(*input)` gives a part for each partition, `merge(parts[, extra])` joins them.
+
+    Returns references to the merged partitions; inputs and extras may be references. The order of parts is that of the
+    inputs, so the result does not depend on who runs what. Only parts in flight take memory; Ray spills the rest.
+    """
+    import ray
+
+    splitting = ray.remote(split).options(num_returns=num_partitions)
+    parts = [splitting.remote(*one) for one in inputs]
+    if num_partitions == 1:  # Ray would hand on the list of one part as the part
+        parts = [[ray.remote(_only).remote(part)] for part in parts]
+    merging = ray.remote(_merge)
+    extras = [None] * num_partitions if extra is None else extra
+    return [
+        merging.remote(merge, extra is not None, one, *[part[index] for part in parts])
+        for index, one in enumerate(extras)
+    ]
+
+
+def _only(parts: Sequence[Any]) -> Any:
+    (part,) = parts
+    return part
+
+
+def _merge(merge: Callable[..., Any], has_extra: bool, extra: Any, *parts: Any) -> Any:
+    return merge(list(parts), extra) if has_extra else merge(list(parts))
 
 
 def has_gpu() -> bool:

@@ -36,6 +36,14 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts as they are: no special token is added, and one spelt out in a text is plain characters."""
+    encoded: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+    )["input_ids"]
+    return encoded
+
+
 def load_model(model_dir: Path, dtype: str = "float32") -> PreTrainedModel:
     """A causal language model for inference, in eval mode; quantized directories load as they are."""
     import torch

@@ -16,6 +16,7 @@ REJECTED_DOCUMENT = pa.schema(
         pa.field("rule", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("excerpt", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),  # the document or evaluation item that it repeats, or ""
     ]
 )
 

@@ -16,6 +16,8 @@ from typing import IO, Any
 
 import fsspec
 
+PARTIAL_SUFFIX = ".partial"
+
 
 def open_file(uri: str, mode: str = "rb", **options: Any) -> IO[Any]:
     """An open file; a context manager. Parent folders of a written file are made."""
@@ -75,24 +77,38 @@ def delete(uri: str) -> None:
         filesystem.rm(path, recursive=True)
 
 
-def write_atomic(uri: str, content: bytes) -> None:
-    """Write a whole file or nothing: a reader never sees a part of it."""
+@contextmanager
+def open_atomic(uri: str) -> Iterator[IO[bytes]]:
+    """A file to write that appears under its name when the block ends without an error: whole, or not at all."""
     filesystem, path = fsspec.core.url_to_fs(uri)
     if "file" not in filesystem.protocol:  # object stores put a whole object or none
         with open_file(uri, "wb") as target:
-            target.write(content)
+            yield target
         return
-    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    partial = f"{path}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         with open(partial, "wb") as target:
-            target.write(content)
+            yield target
             target.flush()
             os.fsync(target.fileno())
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):
             os.remove(partial)
+
+
+def delete_partial(uri: str) -> None:
+    """Remove what writers that were killed left under a folder; nobody else may be writing there."""
+    for name in file_sizes(uri) if exists(uri) else ():
+        if name.endswith(PARTIAL_SUFFIX):
+            delete(f"{uri}/{name}")
+
+
+def write_atomic(uri: str, content: bytes) -> None:
+    """Write a whole file or nothing: a reader never sees a part of it."""
+    with open_atomic(uri) as target:
+        target.write(content)
 
 
 @contextmanager

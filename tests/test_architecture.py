@@ -11,16 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "app").rglob("*.py"))
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-STAGES = {"corpus", "tokens", "training", "evaluation", "quantization", "serving"}
-FOUNDATION = {"config", "records", "storage", "logs", "artifacts", "cluster", "models"}
+STAGES = {"corpus", "augmentation", "tokens", "training", "evaluation", "quantization", "serving"}
+FOUNDATION = {"config", "documents", "records", "storage", "logs", "artifacts", "cluster", "models", "privacy"}
 MAY_IMPORT = {  # a foundation module -> foundation modules it may import
     "config": set(),
     "records": set(),
     "storage": {"config", "records"},
     "logs": {"config", "records"},
     "artifacts": {"config", "records", "storage"},
+    "documents": {"records", "storage"},
     "cluster": {"config", "records", "storage", "logs"},
     "models": {"config", "records", "storage"},
+    "privacy": {"config", "records"},
 }
 RAY = {"cluster.py", "training/loop.py", "training/checkpoint.py", "training/telemetry.py", "evaluation/generation.py"}
 RAY |= {"serving/gateway.py", "serving/deployment.py", *(f"{stage}/stage.py" for stage in STAGES | {"pipeline"})}

@@ -21,4 +21,6 @@ class EvaluateConfig(RunConfig):
 
     def plan(self) -> list[str]:
         """What is read and written."""
-        return [f"evaluate {self.resolve(self.model_uri)} on {self.resolve(self.corpus_uri)}/held_out"]
+        from app.artifacts import states  # fsspec is not needed to answer --help
+
+        return [f"evaluate {self.resolve(self.model_uri)} on {self.resolve(self.corpus_uri)}/held_out", *states(self)]

@@ -13,7 +13,7 @@ import ray
 
 from app import cluster, storage
 from app.evaluation.config import EvaluateConfig
-from app.models import load_model, load_tokenizer, score_documents
+from app.models import encode, load_model, load_tokenizer, score_documents
 
 GENERATION_SEQUENCES = 16
 
@@ -46,18 +46,12 @@ def _load(model_uri: str) -> tuple[Any, Any]:
     with storage.local_copy(model_uri) as folder:
         model = load_model(folder, "bfloat16" if on_gpu else "float32")
         tokenizer = load_tokenizer(folder)
-    tokenizer.model_max_length = 1 << 30  # documents are cut into windows here, no warning is due
     return model.to("cuda" if on_gpu else "cpu"), tokenizer
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return encoded
 
 
 def _score_shard(model_uri: str, texts: list[str]) -> list[float]:
     model, tokenizer = _load(model_uri)
-    return score_documents(model, _encode(tokenizer, texts), tokenizer.eos_token_id)
+    return score_documents(model, encode(tokenizer, texts), tokenizer.eos_token_id)
 
 
 def _continue_shard(
@@ -66,7 +60,7 @@ def _continue_shard(
     import torch
 
     model, tokenizer = _load(model_uri)
-    documents = _encode(tokenizer, texts)
+    documents = encode(tokenizer, texts)
     samples: list[tuple[str, str, str] | None] = [None] * len(documents)
     enough = [i for i, tokens in enumerate(documents) if len(tokens) >= prompt_tokens + continuation_tokens]
     for start in range(0, len(enough), GENERATION_SEQUENCES):

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from app import cluster, storage
-from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
+from app.artifacts import EVALUATION, Manifest, clear, find_complete, publish, read_manifest
+from app.documents import sample_texts
 from app.evaluation import generation, metrics, report
 from app.evaluation.config import EvaluateConfig
-from app.models import load_tokenizer
+from app.models import encode, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +28,13 @@ def run(config: EvaluateConfig) -> Manifest:
     uri = config.resolve(config.output_uri)
     model = read_manifest(config.resolve(config.model_uri), "model")
     corpus = read_manifest(config.resolve(config.corpus_uri), "corpus")
-    draft = Manifest.draft("report", uri, config, {"model": model.as_input(), "corpus": corpus.as_input()})
+    kept_out = {name: found for name, found in corpus.inputs.items() if name.startswith(EVALUATION)}
+    draft = Manifest.draft("report", uri, config, {"model": model.as_input(), "corpus": corpus.as_input(), **kept_out})
     if done := find_complete(draft, config.overwrite):
         return done
     clear(uri)
     cluster.connect()
-    held_out = list(islice(_texts(f"{corpus.uri}/held_out"), config.max_documents))
-    if not held_out:
-        raise ValueError(f"{corpus.uri}/held_out: no documents; set held_out_fraction in prepare_corpus")
+    held_out = sample_texts(corpus.uri, "held_out", config.max_documents)
     figures = _score(model.uri, corpus.uri, held_out, config)
     samples = _continue(model.uri, held_out, config)
     if samples:
@@ -58,14 +54,11 @@ def _score(model_uri: str, corpus_uri: str, held_out: list[str], config: Evaluat
     logger.info("scoring %d held-out documents", len(held_out))
     num_bytes = sum(len(text.encode()) for text in held_out)
     bits = metrics.bits_per_byte(sum(generation.score(model_uri, held_out, config.num_shards)), num_bytes)
-    train = list(islice(_texts(f"{corpus_uri}/train"), BASELINE_DOCUMENTS))
+    train = sample_texts(corpus_uri, "train", BASELINE_DOCUMENTS)
     of_bytes = metrics.unigram_bits(map(str.encode, train), map(str.encode, held_out), 256) / num_bytes
     with storage.local_copy(model_uri) as folder:
         tokenizer = load_tokenizer(folder)
-    train_ids, held_out_ids = (
-        tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        for texts in (train, held_out)
-    )
+    train_ids, held_out_ids = (encode(tokenizer, texts) for texts in (train, held_out))
     of_tokens = metrics.unigram_bits(train_ids, held_out_ids, len(tokenizer)) / num_bytes
     return {
         "bits_per_byte": round(bits, 4),
@@ -84,13 +77,6 @@ def _continue(model_uri: str, held_out: list[str], config: EvaluateConfig) -> li
         return []
     logger.info("continuing %d documents", len(chosen))
     return generation.continue_texts(model_uri, chosen, config)
-
-
-def _texts(uri: str) -> Iterator[str]:
-    for file_uri in storage.list_files(uri, ".parquet"):
-        with storage.open_file(file_uri) as file:
-            for batch in pq.ParquetFile(file).iter_batches(columns=["text"]):
-                yield from batch.column(0).to_pylist()
 
 
 def _training_log(model_uri: str) -> list[dict[str, float]]:

@@ -27,4 +27,6 @@ class QuantizeConfig(RunConfig):
 
     def plan(self) -> list[str]:
         """What is read and written."""
-        return [f"quantize {self.resolve(self.model_uri)} to 4-bit AWQ, groups of {self.group_size}"]
+        from app.artifacts import states  # fsspec is not needed to answer --help
+
+        return [f"quantize {self.resolve(self.model_uri)} to 4-bit AWQ, groups of {self.group_size}", *states(self)]

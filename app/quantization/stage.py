@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray
 
 from app import cluster, storage
 from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
+from app.documents import sample_texts
 from app.quantization.config import QuantizeConfig
 
 logger = logging.getLogger(__name__)
@@ -55,20 +55,18 @@ def run(config: QuantizeConfig) -> Manifest:
 def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig) -> dict[str, Any]:
     import torch
 
-    from app.models import load_model, load_tokenizer
+    from app.models import encode, load_model, load_tokenizer
     from app.quantization import awq
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with storage.local_copy(model_uri) as model_dir, tempfile.TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(model_dir)
-        tokenizer.model_max_length = 1 << 30  # documents are cut into windows here, no warning is due
         model = load_model(model_dir, "bfloat16" if device == "cuda" else "float32").to(device)
         if hasattr(model.config, "quantization_config"):
             raise ValueError(f"model_uri: {model_uri} is quantized already; name the model it was made from")
-        held_out = _read_texts(corpus_uri, "held_out", config.num_comparison_documents)
+        held_out = sample_texts(corpus_uri, "held_out", config.num_comparison_documents)
         before = _bits_per_byte(model, tokenizer, held_out)
-        texts = _read_texts(corpus_uri, "train", CALIBRATION_DOCUMENTS)
-        documents = _encode(tokenizer, texts)
+        documents = encode(tokenizer, sample_texts(corpus_uri, "train", CALIBRATION_DOCUMENTS))
         window_tokens = model.config.max_position_embeddings
         windows = awq.choose_windows(documents, config.num_calibration_samples, min(window_tokens, 2048), config.seed)
         awq.quantize(model, windows, config.group_size, config.symmetric, config.ignore)
@@ -87,25 +85,8 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
     }
 
 
-def _read_texts(corpus_uri: str, split: str, limit: int) -> list[str]:
-    texts: list[str] = []
-    for uri in storage.list_files(f"{corpus_uri}/{split}", ".parquet"):
-        with storage.open_file(uri) as file:
-            texts += pq.read_table(file, columns=["text"]).column(0).to_pylist()[: limit - len(texts)]
-        if len(texts) >= limit:
-            break
-    if not texts:
-        raise ValueError(f"{corpus_uri}/{split}: no documents")
-    return texts
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return encoded
-
-
 def _bits_per_byte(model: Any, tokenizer: Any, texts: list[str]) -> float:
-    from app.models import score_documents
+    from app.models import encode, score_documents
 
-    nats = sum(score_documents(model, _encode(tokenizer, texts), tokenizer.eos_token_id))
+    nats = sum(score_documents(model, encode(tokenizer, texts), tokenizer.eos_token_id))
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)

@@ -50,7 +50,9 @@ class DeployConfig(RunConfig):
 
     def plan(self) -> list[str]:
         """What is deployed."""
-        return [f"deploy {self.resolve(self.model_uri)} with {self.serve_config}"]
+        from app.artifacts import states  # fsspec is not needed to answer --help
+
+        return [f"deploy {self.resolve(self.model_uri)} with {self.serve_config}", *states(self)]
 
 
 class AskConfig(Config):

@@ -18,7 +18,9 @@ class TokenizerConfig(RunConfig):
 
     def plan(self) -> list[str]:
         """What is read and written."""
-        return [f"learn {self.vocab_size} tokens from {self.resolve(self.corpus_uri)}/train"]
+        from app.artifacts import states  # fsspec is not needed to answer --help
+
+        return [f"learn {self.vocab_size} tokens from {self.resolve(self.corpus_uri)}/train", *states(self)]
 
 
 class PackConfig(RunConfig):
@@ -31,4 +33,6 @@ class PackConfig(RunConfig):
 
     def plan(self) -> list[str]:
         """What is read and written."""
-        return [f"pack {self.resolve(self.corpus_uri)} into blocks of {self.block_tokens} tokens"]
+        from app.artifacts import states  # fsspec is not needed to answer --help
+
+        return [f"pack {self.resolve(self.corpus_uri)} into blocks of {self.block_tokens} tokens", *states(self)]

@@ -24,6 +24,16 @@ class Stream:
     document_starts: Offsets = field(default_factory=lambda: np.empty(0, np.int64))
 
 
+def num_copies(identity: str, upsampling: float) -> int:
+    """How often a document is packed: the whole part of its source's factor, and the rest by its id.
+
+    >>> num_copies("00000000", 1.5), num_copies("ffffffff", 1.5)
+    (2, 1)
+    """
+    rest = upsampling % 1
+    return int(upsampling) + bool(rest and int(identity[:8], 16) < rest * 16**8)
+
+
 def concatenate_documents(documents: Sequence[Sequence[int]], end_of_text: int) -> Stream:
     """All documents in order, each followed by end_of_text."""
     lengths = np.array([len(document) + 1 for document in documents], np.int64)

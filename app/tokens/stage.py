@@ -7,10 +7,12 @@ that a split loses fewer than T tokens, counted.
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ import ray
 
 from app import cluster, storage
 from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
+from app.documents import Document, read_file, take_in_turn
 from app.models import END_OF_TEXT
 from app.records import SPLITS, TOKEN_BLOCK
 from app.tokens import packing, tokenizer
@@ -46,7 +49,7 @@ def run_tokenizer(config: TokenizerConfig) -> Manifest:
 def _train_tokenizer(corpus_uri: str, uri: str, config: TokenizerConfig) -> dict[str, Any]:
     trained = tokenizer.train(_training_texts(corpus_uri, config), config.vocab_size, config.min_frequency)
     num_bytes = num_tokens = 0
-    for texts in _batches(corpus_uri, "held_out"):
+    for texts in _batches(take_in_turn(corpus_uri, "held_out")):
         num_bytes += sum(len(text.encode()) for text in texts)
         num_tokens += sum(len(encoding.ids) for encoding in trained.encode_batch(texts, add_special_tokens=False))
     with tempfile.TemporaryDirectory() as folder:
@@ -58,31 +61,23 @@ def _train_tokenizer(corpus_uri: str, uri: str, config: TokenizerConfig) -> dict
 
 def _training_texts(corpus_uri: str, config: TokenizerConfig) -> Iterator[str]:
     left = config.max_training_bytes
-    for texts in _batches(corpus_uri, "train"):
-        for text in texts:
-            left -= len(text.encode())
-            if left < 0:
-                return
-            yield text
+    for document in take_in_turn(corpus_uri, "train"):
+        left -= len(document.text.encode())
+        if left < 0:
+            return
+        yield document.text
 
 
-def _batches(corpus_uri: str, split: str) -> Iterator[list[str]]:
-    for uri in storage.list_files(f"{corpus_uri}/{split}", ".parquet"):
-        yield from _file_batches(uri)
-
-
-def _file_batches(uri: str) -> Iterator[list[str]]:
-    with storage.open_file(uri) as file:
-        texts: list[str] = []
-        characters = 0
-        for rows in pq.ParquetFile(file).iter_batches(batch_size=100, columns=["text"]):
-            for text in rows.column(0).to_pylist():
-                texts.append(text)
-                characters += len(text)
-                if characters >= BATCH_CHARACTERS:
-                    yield texts
-                    texts, characters = [], 0
-        yield texts
+def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
+    texts: list[str] = []
+    characters = 0
+    for document in documents:
+        texts.append(document.text)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield texts
+            texts, characters = [], 0
+    yield texts
 
 
 def run(config: PackConfig) -> Manifest:
@@ -96,18 +91,19 @@ def run(config: PackConfig) -> Manifest:
         return done
     clear(uri)
     cluster.connect()
-    figures = {split: _pack_split(split, corpus.uri, vocabulary.uri, config) for split in SPLITS}
+    figures = {split: _pack_split(split, corpus, vocabulary.uri, config) for split in SPLITS}
     if not figures["train"]["blocks"]:
         raise ValueError(f"{corpus.uri}: the train split has fewer than block_tokens={config.block_tokens} tokens")
     return publish(draft, {"vocab_size": vocabulary.figures["vocab_size"], **figures})
 
 
-def _pack_split(split: str, corpus_uri: str, tokenizer_uri: str, config: PackConfig) -> dict[str, int]:
+def _pack_split(split: str, corpus: Manifest, tokenizer_uri: str, config: PackConfig) -> dict[str, int]:
     pack = ray.remote(pack_file)
-    uris = storage.list_files(f"{corpus_uri}/{split}", ".parquet")
+    uris = storage.list_files(f"{corpus.uri}/{split}", ".parquet")
     output_uri = f"{config.resolve(config.output_uri)}/{split}"
+    upsampling = corpus.figures.get("upsampling", {}) if split == "train" else {}
     pending = [
-        pack.remote(uri, f"{output_uri}/part-{index:05d}.parquet", tokenizer_uri, config.block_tokens)
+        pack.remote((uri, f"{output_uri}/part-{index:05d}.parquet"), tokenizer_uri, config.block_tokens, upsampling)
         for index, uri in enumerate(uris)
     ]
     totals = dict.fromkeys(("documents", "bytes", "tokens", "blocks"), 0)
@@ -117,39 +113,68 @@ def _pack_split(split: str, corpus_uri: str, tokenizer_uri: str, config: PackCon
         totals = {name: total + counts[name] for name, total in totals.items()}
         tails.append(tail)
         logger.info("%s: %d of %d files packed, %d blocks", split, index + 1, len(pending), totals["blocks"])
-    num_blocks, tail = _write_blocks(
-        packing.join(tails), f"{output_uri}/part-{len(uris):05d}.parquet", config.block_tokens
-    )
-    totals["blocks"] += num_blocks
-    totals["tail_tokens"] = len(tail.input_ids)
+    with _BlockFile(f"{output_uri}/part-{len(uris):05d}.parquet", config.block_tokens) as blocks:
+        blocks.add(packing.join(tails))
+    totals["blocks"] += blocks.num_blocks
+    totals["tail_tokens"] = len(blocks.tail.input_ids)
     assert totals["tokens"] == totals["blocks"] * config.block_tokens + totals["tail_tokens"], totals
     return totals
 
 
 def pack_file(
-    uri: str, output_uri: str, tokenizer_uri: str, block_tokens: int
+    uris: tuple[str, str], tokenizer_uri: str, block_tokens: int, upsampling: Mapping[str, float]
 ) -> tuple[dict[str, int], packing.Stream]:
-    """Pack one corpus file into one file of blocks; counts, and the tail that filled no block."""
+    """Pack a corpus file into a file of blocks (its two URIs); counts, and the tail that filled no block.
+
+    Documents of upsampled sources come once in each pass over the file, so that copies lie far apart.
+    """
     with storage.local_copy(tokenizer_uri) as folder:
         encoder = tokenizer.load(folder)
     end_of_text = encoder.token_to_id(END_OF_TEXT)
     assert end_of_text is not None, f"{tokenizer_uri} has no {END_OF_TEXT}"
-    counts = {"documents": 0, "bytes": 0}
-    streams = []
-    for texts in _file_batches(uri):
-        encodings = encoder.encode_batch(texts, add_special_tokens=False)
-        streams.append(packing.concatenate_documents([encoding.ids for encoding in encodings], end_of_text))
-        counts["documents"] += len(texts)
-        counts["bytes"] += sum(len(text.encode()) for text in texts)
-    stream = packing.join(streams)
-    num_blocks, tail = _write_blocks(stream, output_uri, block_tokens)
-    return {**counts, "tokens": len(stream.input_ids), "blocks": num_blocks}, tail
+    counts = {"documents": 0, "bytes": 0, "tokens": 0}
+    with _BlockFile(uris[1], block_tokens) as blocks:
+        for texts in _batches(_passes(uris[0], upsampling)):
+            encodings = encoder.encode_batch(texts, add_special_tokens=False)
+            stream = packing.concatenate_documents([encoding.ids for encoding in encodings], end_of_text)
+            blocks.add(stream)
+            counts["documents"] += len(texts)
+            counts["bytes"] += sum(len(text.encode()) for text in texts)
+            counts["tokens"] += len(stream.input_ids)
+    return {**counts, "blocks": blocks.num_blocks}, blocks.tail
 
 
-def _write_blocks(stream: packing.Stream, uri: str, block_tokens: int) -> tuple[int, packing.Stream]:
-    blocks, starts, tail = packing.cut_blocks(stream, block_tokens)
-    if len(blocks):
-        table = pa.Table.from_pydict({"input_ids": list(blocks), "document_starts": starts}, TOKEN_BLOCK)
-        with storage.open_file(uri, "wb") as target:
-            pq.write_table(table, target, compression="zstd")
-    return len(blocks), tail
+def _passes(uri: str, upsampling: Mapping[str, float]) -> Iterator[Document]:
+    for number in range(math.ceil(max(upsampling.values(), default=1.0))):
+        for document in read_file(uri):
+            if packing.num_copies(document.id, upsampling.get(document.source, 1.0)) > number:
+                yield document
+
+
+class _BlockFile:
+    """A parquet file of token blocks, written as they fill; without any there is no file."""
+
+    def __init__(self, uri: str, block_tokens: int) -> None:
+        self.uri, self.block_tokens = uri, block_tokens
+        self.num_blocks, self.tail = 0, packing.Stream()
+        self._open = ExitStack()
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def add(self, stream: packing.Stream) -> None:
+        """Append tokens; those that fill no block wait in `tail`."""
+        blocks, starts, self.tail = packing.cut_blocks(packing.join([self.tail, stream]), self.block_tokens)
+        if not len(blocks):
+            return
+        if self._writer is None:
+            target = self._open.enter_context(storage.open_file(self.uri, "wb"))
+            self._writer = self._open.enter_context(pq.ParquetWriter(target, TOKEN_BLOCK, compression="zstd"))
+        self._writer.write_table(
+            pa.Table.from_pydict({"input_ids": list(blocks), "document_starts": starts}, TOKEN_BLOCK)
+        )
+        self.num_blocks += len(blocks)

@@ -79,8 +79,11 @@ class TrainConfig(RunConfig):
 
     def plan(self) -> list[str]:
         """Workers, steps and where the checkpoints are."""
+        from app.artifacts import states  # fsspec is not needed to answer --help
+
         return [
             f"train {self.num_steps} steps of {self.global_batch_sequences} blocks on {self.num_workers} workers, "
             f"ZeRO-{self.zero_stage}, {self.accumulation_steps} forward passes a step",
             f"resume from the newest checkpoint in {self.resolve(self.checkpoints_uri)}, if any",
+            *states(self),
         ]

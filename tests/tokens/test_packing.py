@@ -51,3 +51,9 @@ def test_starts_point_to_the_first_token_of_a_document(shard: list[list[int]], b
     for index, part in enumerate(starts):
         for start in part:
             assert before[index * block_tokens + start] == END
+
+
+def test_copies_are_the_whole_part_and_a_share_by_id() -> None:
+    ids = [f"{number * 2**16:08x}" for number in range(2**16)]
+    assert sum(packing.num_copies(identity, 2.25) for identity in ids) == 2.25 * len(ids)
+    assert {packing.num_copies(identity, 1.0) for identity in ids} == {1}
