@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from app.augmentation.config import AugmentConfig
 from app.config import Config, read_yaml, validate
 from app.corpus.config import CorpusConfig, DemoCorpusConfig
 from app.evaluation.config import EvaluateConfig
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS: dict[str, type[Config]] = {
     "prepare_corpus": CorpusConfig,
     "fetch_demo_corpus": DemoCorpusConfig,
+    "augment_corpus": AugmentConfig,
     "train_tokenizer": TokenizerConfig,
     "pack_tokens": PackConfig,
     "train_model": TrainConfig,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,8 +34,12 @@ def read_parquet(shard: Shard, max_bytes: int) -> Iterator[Record]:
             if row < end and row + group.num_rows > shard.start:
                 batch_rows = BLOCK_BYTES * group.num_rows // max(1, group.total_byte_size)
                 batches = parquet.iter_batches(max(1, min(batch_rows, MAX_BATCH_ROWS)), [index], [key])
-                yield from _rows((batch.column(0) for batch in batches), row, shard, max_bytes)
+                end_row = yield from _rows((batch.column(0) for batch in batches), row, shard, max_bytes)
+                if end_row != row + group.num_rows:
+                    raise EOFError(f"row group {index} has {end_row - row} rows, not {group.num_rows}")
             row += group.num_rows
+        if row != parquet.metadata.num_rows:
+            raise EOFError(f"{row} rows in row groups, not {parquet.metadata.num_rows}")
 
 
 def read_arrow(shard: Shard, max_bytes: int) -> Iterator[Record]:
@@ -53,22 +57,27 @@ def _checked(column: pa.Array) -> pa.Array:
     as_bytes = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
     column = column.view(as_bytes) if is_text else column  # text that is no UTF-8 is one record's fault
     column.validate(full=True)
+    if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):  # views of nulls go unchecked
+        return pa.array(
+            column.to_pylist(), pa.large_string() if pa.types.is_string_view(column.type) else pa.large_binary()
+        )
     return column
 
 
-def _rows(columns: Iterator[pa.Array], row: int, shard: Shard, max_bytes: int) -> Iterator[Record]:
-    """Records of the pieces of a column, of which the first begins at `row`, as far as they are in the shard."""
+def _rows(columns: Iterator[pa.Array], row: int, shard: Shard, max_bytes: int) -> Generator[Record, None, int]:
+    """Records of the pieces of a column from `row` on, as far as they are in the shard; returns the row after them."""
     for column in columns:
         first, last = max(0, shard.start - row), min(len(column), _end_of(shard) - row)
         if first < last:
             yield from _values(_as_bytes(column.slice(first, last - first)), row + first, max_bytes)
         row += len(column)
+    return row
 
 
 def _values(column: pa.Array, row: int, max_bytes: int) -> Iterator[Record]:
     if not pa.types.is_large_binary(column.type):
-        for position, value in enumerate(column, row):
-            yield Record(printable(value.as_py()), position, "missing_text")
+        for position in range(row, row + len(column)):  # the values may be anything, also nothing that Python can hold
+            yield Record(printable(column.type), position, "missing_text")
         return
     sizes = pc.binary_length(column)
     if not column.null_count and (pc.max(sizes).as_py() or 0) <= max_bytes:

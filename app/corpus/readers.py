@@ -28,7 +28,7 @@ from app.corpus.config import Format
 from app.corpus.sources import EXCERPT_CHARACTERS, Record, Shard, compression_of
 from app.corpus.streams import decode, excerpt, no_column, open_stream, printable, split_lines
 
-_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, expat.ExpatError)
+_DAMAGED = (OSError, EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError, pa.ArrowException, expat.ExpatError)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -127,11 +127,14 @@ def _read_csv(shard: Shard, max_bytes: int) -> Iterator[Record]:
         lines = _CsvLines(split_lines(stream, 0, sys.maxsize, max_bytes), max_bytes)
         rows = csv.reader(lines)
         try:
-            header = next(rows, [])
+            header = next(filter(None, rows), None)  # empty lines may come first
         except csv.Error as error:
             raise ValueError(f"{shard.file.uri}: no header row of a csv file ({error}); write one as line 1") from None
-        if header and shard.file.text_key not in header:
+        if header is None:
+            return
+        if shard.file.text_key not in header:
             raise no_column(shard, header)
+        column = header.index(shard.file.text_key)
         for position in itertools.count():
             lines.start_record()
             try:
@@ -143,7 +146,7 @@ def _read_csv(shard: Shard, max_bytes: int) -> Iterator[Record]:
                 yield Record(excerpt(lines.beginning), position, reason)
                 continue
             if row:
-                yield _csv_record(row, header.index(shard.file.text_key), position)
+                yield _csv_record(row, column, position)
 
 
 def _csv_record(row: list[str], column: int, position: int) -> Record:

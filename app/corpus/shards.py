@@ -33,7 +33,6 @@ JUDGED = pa.schema(
         ("bands", pa.list_(pa.uint64())),
     ]
 )
-EXCERPT_CHARACTERS = 200
 EXCERPTS_A_RULE = 10
 BATCH_DOCUMENTS = 1000
 _METADATA_KEY = "zero_to_one"

@@ -156,7 +156,7 @@ def _row_starts(uri: str, shard_bytes: int) -> list[int]:
     try:
         with storage.open_file(uri) as stream:
             footer = pq.read_metadata(stream)
-    except (OSError, pa.ArrowException):
+    except (OSError, UnicodeDecodeError, pa.ArrowException):
         return [0]  # the task that reads it names it, together with all other damaged files
     starts, taken, row = [0], 0, 0
     for index in range(footer.num_row_groups):

@@ -1,7 +1,8 @@
 """Ours: the corpus stage on a local Ray cluster of its own. In the project's environment: DOCUMENTS OUTPUT --task TASK.
 
 TASK is cleaning (five rules, mojibake repair, exact duplicates) or near_duplicates (no rule, MinHash and true Jaccard).
-What the others do not do is switched off: markup, personal data, width of letters, line-level boilerplate.
+In both, what the others do not do is switched off: markup, personal data, width of letters, further rules. The third
+TASK, everything, is the stage as it comes.
 The stage keeps no ids of its input: documents are found again by their text, which the corpus has in normal form.
 """
 
@@ -38,6 +39,7 @@ FIVE_RULES = {
     "max_repetition_ratio": 0.5,
 }
 TASKS: dict[str, dict[str, Any]] = {
+    "everything": {},
     "cleaning": {
         "normalize": NOTHING_CHANGED | {"repair_mojibake": True},
         "rules": FIVE_RULES,
@@ -45,7 +47,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "near_duplicates": {
         "normalize": NOTHING_CHANGED,
-        "rules": ALL_PASS,
+        "rules": {},
         "dedup": {"near": True, "min_similarity": 0.8, "shingle_characters": 5},
     },
 }
@@ -53,16 +55,19 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def config_of(task: str, documents: Path, output: Path) -> CorpusConfig:
     """The stage's settings for a task."""
-    settings = TASKS[task] | {"rules": other_rules_off() | TASKS[task]["rules"]}
-    common = {"storage_uri": str(output), "held_out_fraction": 0.0, "pii": {"action": "keep"}}
+    settings: dict[str, Any] = dict(TASKS[task])
+    if settings:  # "everything" keeps the stage's defaults
+        settings |= {"rules": rules_off() | settings["rules"], "pii": {"action": "keep"}}
+    common = {"storage_uri": str(output), "held_out_fraction": 0.0}
     sources = [{"name": "documents", "uri": str(documents / "*.jsonl")}]
     return CorpusConfig.model_validate(common | settings | {"sources": sources})
 
 
-def other_rules_off() -> dict[str, None]:
-    """None for each rule that can be switched off, also for those that are added later."""
+def rules_off() -> dict[str, Any]:
+    """All rules switched off that can be, also those that are added later; the rest at bounds that let all pass."""
     fields = RulesConfig.model_fields.items()
-    return {name: None for name, field in fields if type(None) in typing.get_args(field.annotation)}
+    optional = {name: None for name, field in fields if type(None) in typing.get_args(field.annotation)}
+    return ALL_PASS | optional | {name: False for name, field in fields if field.annotation is bool}
 
 
 def main() -> None:

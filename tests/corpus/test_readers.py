@@ -2,6 +2,7 @@ import bz2
 import gzip
 import json
 import lzma
+import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -275,6 +276,27 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
         read(tmp_path, text_key="body")
 
 
+def write_stream(path: Path, column: pa.Array) -> None:
+    with pa.ipc.new_stream(path, pa.schema([("text", column.type)])) as target:
+        target.write_table(pa.table({"text": column}))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.binary_view()])
+def test_arrow_text_of_all_types(tmp_path: Path, kind: pa.DataType) -> None:
+    write_stream(tmp_path / "a.arrow", pa.array(["刘备", None, "x" * 200], pa.string()).cast(kind))
+    assert reasons(read(tmp_path / "a.arrow", max_bytes=100)) == [None, "missing_text", "too_long"]
+
+
+def test_wrong_offsets_in_an_arrow_file_do_not_end_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    write_stream(path, pa.array(["刘备", "关羽"], pa.string()))
+    offsets = struct.pack("<3i", 0, 6, 12)
+    assert path.read_bytes().count(offsets) == 1
+    path.write_bytes(path.read_bytes().replace(offsets, struct.pack("<3i", 0, 1 << 29, 12)))
+    with pytest.raises(ValueError, match=r"a\.arrow: cannot be read as huggingface \(ArrowInvalid"):
+        read(path)
+
+
 # Pages
 
 
@@ -379,7 +401,7 @@ def test_another_xml_file_is_no_export(tmp_path: Path) -> None:
         read(write(tmp_path / "b.xml", DUMP[:-20]))
 
 
-def test_an_article_of_50_megabytes_is_not_held(tmp_path: Path) -> None:
+def test_an_article_of_25_megabytes_is_not_held(tmp_path: Path) -> None:
     before, after = DUMP.split("字云长。".encode())
     with (tmp_path / "a.xml").open("wb") as file:
         file.write(before)
