@@ -19,7 +19,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,23 @@ def exchange(
         merging.remote(merge, extra is not None, one, *[part[index] for part in parts])
         for index, one in enumerate(extras)
     ]
+
+
+def map_tasks(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """What the function returns for each item, in the order in which Ray tasks end; a killed worker's task runs again.
+
+    Twice as many are submitted at a time as there are CPUs, so that neither driver nor scheduler holds all of them.
+    """
+    import ray
+
+    task = ray.remote(function)
+    window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = iter(items)
+    running = [task.remote(item) for item in islice(waiting, window)]
+    while running:
+        (done,), running = ray.wait(running, num_returns=1)
+        running += [task.remote(item) for item in islice(waiting, 1)]
+        yield ray.get(done)
 
 
 def _only(parts: Sequence[Any]) -> Any:

@@ -162,6 +162,12 @@ def distinct(rows: Keys) -> Keys:
     return unique
 
 
+def sorted_set(values: Keys) -> Keys:
+    """Distinct values in order; for short arrays faster than numpy's own."""
+    values = np.sort(values)
+    return values if len(values) < 2 else values[np.concatenate([[True], values[1:] != values[:-1]])]
+
+
 def similar_pairs(pairs: Keys, keys: Keys, shingles: Sequence[Keys], min_similarity: float) -> Keys:
     """Those pairs whose sets of shingles have at least that Jaccard similarity; `shingles` are sorted sets, by key."""
     order = np.argsort(keys)

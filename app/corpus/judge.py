@@ -21,7 +21,6 @@ from app.corpus.readers import read_records
 from app.corpus.rules import Rule, build_rules, first_reason
 from app.corpus.shards import (
     BATCH_DOCUMENTS,
-    EXCERPT_CHARACTERS,
     JUDGED,
     Counts,
     Work,
@@ -29,7 +28,7 @@ from app.corpus.shards import (
     open_writer,
     read_judged,
 )
-from app.corpus.sources import Record
+from app.corpus.sources import EXCERPT_CHARACTERS, Record
 from app.privacy import mask_pii
 
 PERSONAL_DATA = "personal_data"
@@ -86,9 +85,8 @@ def judge(
     with counts.timed("hash"):
         ids = [document_id(text) for text in texts]
     with counts.timed("describe"):
-        for text, identity, fine in zip(texts, ids, readable, strict=True):
-            if fine:
-                counts.describe("before", text, identity)
+        described = [index for index, fine in enumerate(readable) if fine]
+        counts.describe("before", [texts[index] for index in described], [ids[index] for index in described])
     rows: dict[str, list[Any]] = {
         "id": ids,
         "rule": reasons,

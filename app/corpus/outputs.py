@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from app.corpus.config import CorpusConfig
 from app.corpus.dedup import DUPLICATE, NEAR_DUPLICATE, Keys, locate, split_of
-from app.corpus.shards import EXCERPT_CHARACTERS, EXCERPTS_A_RULE, JUDGED, Counts, Work, open_writer, read_judged
+from app.corpus.shards import EXCERPTS_A_RULE, JUDGED, Counts, Work, open_writer, read_judged
+from app.corpus.sources import EXCERPT_CHARACTERS
 from app.records import CLEAN_DOCUMENT, REJECTED_DOCUMENT, SPLITS
 
 
@@ -49,42 +50,49 @@ def write_shard(work: Work, uri: str, config: CorpusConfig, duplicates: Duplicat
         open_writer(paths["train"], CLEAN_DOCUMENT, counts, run) as train,
     ):
         for table in read_judged(work.judged_uri, [name for name in JUDGED.names if name != "bands"]):
-            outputs = _sort_out(table, work, config, duplicates)
-            for writer, name in ((train, "train"), (held_out, "held_out"), (rejected, "rejected")):
-                schema = REJECTED_DOCUMENT if name == "rejected" else CLEAN_DOCUMENT
-                if outputs[name]:
-                    writer.write_table(pa.Table.from_pylist(outputs[name], schema))
-            _count(outputs, counts, source, work.index)
+            table = _with_duplicates(table, work, duplicates)
+            is_rejected = pc.not_equal(table["rule"], "")
+            clean = table.filter(pc.invert(is_rejected)).select(CLEAN_DOCUMENT.names)
+            is_held_out = [split_of(one, config.held_out_fraction) == "held_out" for one in clean["id"].to_pylist()]
+            parts = {"train": clean.filter(pc.invert(pa.array(is_held_out, pa.bool_())))}
+            parts["held_out"] = clean.filter(pa.array(is_held_out, pa.bool_()))
+            _count_clean(parts, counts, source)
+            table = table.filter(is_rejected)
+            _count_rejected(table, counts, work)
+            train.write_table(parts["train"].cast(CLEAN_DOCUMENT))
+            held_out.write_table(parts["held_out"].cast(CLEAN_DOCUMENT))
+            rejected.write_table(table.select(REJECTED_DOCUMENT.names).cast(REJECTED_DOCUMENT))
     return counts
 
 
-def _sort_out(
-    table: pa.Table, work: Work, config: CorpusConfig, duplicates: Duplicates
-) -> dict[str, list[dict[str, Any]]]:
-    outputs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*SPLITS, "rejected")}
-    falling = duplicates.of(work.keys(table["position"].to_pylist()))
-    for index, row in enumerate(table.to_pylist()):
-        row["source"] = work.shard.file.source
-        if not row["rule"] and index in falling:
-            row["rule"], row["detail"] = falling[index]
-            row["excerpt"] = row["text"][:EXCERPT_CHARACTERS]
-        name = "rejected" if row["rule"] else split_of(row["id"], config.held_out_fraction)
-        outputs[name].append(row)
-    return outputs
+def _with_duplicates(table: pa.Table, work: Work, duplicates: Duplicates) -> pa.Table:
+    """The judged documents with their source, and with rule, detail and excerpt of those that are duplicates."""
+    columns = {name: table[name].to_pylist() for name in ("rule", "detail", "excerpt")}
+    texts = table["text"]
+    for index, (rule, detail) in duplicates.of(work.keys(table["position"].to_numpy())).items():
+        if not columns["rule"][index]:
+            columns["rule"][index], columns["detail"][index] = rule, detail
+            columns["excerpt"][index] = texts[index].as_py()[:EXCERPT_CHARACTERS]
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
+    return table.append_column("source", pa.array([work.shard.file.source] * len(table), pa.string()))
 
 
-def _count(outputs: dict[str, list[dict[str, Any]]], counts: Counts, source: str, index: int) -> None:
-    for split in SPLITS:
-        counts.counters[f"{split}.documents"] += len(outputs[split])
-        counts.counters[f"source.{source}.{split}"] += len(outputs[split])
-        for row in outputs[split]:
-            num_bytes = len(row["text"].encode())
-            counts.counters[f"{split}.bytes"] += num_bytes
-            counts.counters[f"source.{source}.{split}_bytes"] += num_bytes
-            counts.describe("after", row["text"], row["id"])
-    for row in outputs["rejected"]:
-        counts.counters[f"rejected.{row['rule']}"] += 1
-        counts.counters[f"source.{source}.rejected.{row['rule']}"] += 1
-        excerpts = counts.excerpts.setdefault(row["rule"], [])
+def _count_clean(parts: dict[str, pa.Table], counts: Counts, source: str) -> None:
+    for split, table in parts.items():
+        num_bytes = pc.sum(pc.binary_length(table["text"])).as_py() or 0
+        counts.counters[f"{split}.documents"] += len(table)
+        counts.counters[f"{split}.bytes"] += num_bytes
+        counts.counters[f"source.{source}.{split}"] += len(table)
+        counts.counters[f"source.{source}.{split}_bytes"] += num_bytes
+        counts.describe("after", table["text"].to_pylist(), table["id"].to_pylist())
+
+
+def _count_rejected(table: pa.Table, counts: Counts, work: Work) -> None:
+    rows = zip(*(table[name].to_pylist() for name in ("rule", "position", "excerpt")), strict=True)
+    for rule, position, excerpt in rows:
+        counts.counters[f"rejected.{rule}"] += 1
+        counts.counters[f"source.{work.shard.file.source}.rejected.{rule}"] += 1
+        excerpts = counts.excerpts.setdefault(rule, [])
         if len(excerpts) < EXCERPTS_A_RULE:
-            excerpts.append((index, row["position"], row["excerpt"]))
+            excerpts.append((work.index, position, excerpt))

@@ -117,10 +117,13 @@ def split_shingles(
     parts: list[tuple[list[int], list[Keys]]] = [([], []) for _ in range(layout.num_partitions)]
     for work in block:
         for keys, table in read_clean(work, ["text"]):
-            for index in np.flatnonzero(np.isin(keys, needs[:, 0])).tolist():
-                hashes, _ = dedup.shingle_hashes([table["text"][index].as_py()], config.dedup.shingle_characters)
-                distinct = np.unique(hashes)
-                for partition in needs[needs[:, 0] == keys[index], 1].tolist():
+            first, end = (np.searchsorted(needs[:, 0], keys, side=side) for side in ("left", "right"))
+            wanted = np.flatnonzero(end > first)
+            texts = table["text"].take(wanted).to_pylist()
+            hashes, offsets = dedup.shingle_hashes(texts, config.dedup.shingle_characters)
+            for index, (start, stop) in zip(wanted, itertools.pairwise(offsets), strict=True):
+                shingles = dedup.sorted_set(hashes[start:stop])
+                for partition in needs[first[index] : end[index], 1].tolist():
                     parts[partition][0].append(int(keys[index]))
-                    parts[partition][1].append(distinct)
+                    parts[partition][1].append(shingles)
     return [(np.array(keys, np.uint64), shingles) for keys, shingles in parts]

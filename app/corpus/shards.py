@@ -35,6 +35,7 @@ JUDGED = pa.schema(
 )
 EXCERPTS_A_RULE = 10
 BATCH_DOCUMENTS = 1000
+_SAMPLED = ("00", "40", "80", "c0")  # last digits of one id in 64
 _METADATA_KEY = "zero_to_one"
 
 
@@ -61,11 +62,13 @@ class Counts:
         for rule, excerpts in other.excerpts.items():
             self.excerpts[rule] = sorted([*self.excerpts.get(rule, []), *excerpts])[:EXCERPTS_A_RULE]
 
-    def describe(self, stage: str, text: str, identity: str) -> None:
-        """Count a document in the histograms of length and, one in 64, of language."""
-        self.counters[f"{stage}.length.{len(text).bit_length()}"] += 1
-        if int(identity[-2:], 16) % 64 == 0:
-            self.counters[f"{stage}.language.{language_of(text)}"] += 1
+    def describe(self, stage: str, texts: Sequence[str], identities: Sequence[str]) -> None:
+        """Count documents in the histograms of length and, one in 64, of language."""
+        for bits, number in Counter(len(text).bit_length() for text in texts).items():
+            self.counters[f"{stage}.length.{bits}"] += number
+        for text, identity in zip(texts, identities, strict=True):
+            if identity.endswith(_SAMPLED):
+                self.counters[f"{stage}.language.{language_of(text)}"] += 1
 
     @property
     def num_documents(self) -> int:

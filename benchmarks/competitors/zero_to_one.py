@@ -92,6 +92,7 @@ def main() -> None:
             lambda: kept_ids(given.documents, Path(config.resolve(config.output_uri))),
         )
     finally:
+        ray.shutdown()  # before its cluster goes, else the driver waits for it for minutes
         ray.shutdown()  # first: a driver whose cluster goes away is ended by Ray without a word
         stop_local(folder)
 
