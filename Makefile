@@ -53,6 +53,7 @@ check: setup
 	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
 
 bench: setup
+	@$(BIN)/python jobs/fetch_demo_corpus.py --storage_uri $(STORAGE)
 	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
 stop:

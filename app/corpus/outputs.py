@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from app.corpus.config import CorpusConfig
+from app.corpus.decontaminate import CONTAMINATED
 from app.corpus.dedup import DUPLICATE, NEAR_DUPLICATE, Keys, locate, split_of
 from app.corpus.shards import EXCERPTS_A_RULE, JUDGED, Counts, Work, open_writer, read_judged
 from app.corpus.sources import EXCERPT_CHARACTERS
@@ -89,8 +90,10 @@ def _count_clean(parts: dict[str, pa.Table], counts: Counts, source: str) -> Non
 
 
 def _count_rejected(table: pa.Table, counts: Counts, work: Work) -> None:
-    rows = zip(*(table[name].to_pylist() for name in ("rule", "position", "excerpt")), strict=True)
-    for rule, position, excerpt in rows:
+    rows = zip(*(table[name].to_pylist() for name in ("rule", "position", "excerpt", "detail")), strict=True)
+    for rule, position, excerpt, detail in rows:
+        if rule == CONTAMINATED:
+            counts.counters[f"found.{detail} in {work.shard.file.source}"] += 1
         counts.counters[f"rejected.{rule}"] += 1
         counts.counters[f"source.{work.shard.file.source}.rejected.{rule}"] += 1
         excerpts = counts.excerpts.setdefault(rule, [])

@@ -15,6 +15,7 @@ from typing import Any
 from app import storage
 from app.corpus.shards import Counts
 
+ITEMS_SHOWN = 50  # all are in report.json
 BYTES_A_TOKEN = 4  # about what a byte-level BPE of 6,000 tokens or more reaches on Chinese text
 STYLE = """
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1f2933; }
@@ -49,6 +50,9 @@ def render(content: Mapping[str, Any]) -> str:
     if personal := {name: number for name, number in counters.items() if name.startswith("personal_data.")}:
         rows = [(name.split(".")[1], number, f"{number:,}", "") for name, number in sorted(personal.items())]
         parts += ["<h2>Personal data replaced</h2>", _bars(rows)]
+    if found := {name.removeprefix("found."): number for name, number in counters.items() if name.startswith("found.")}:
+        rows = [(name, number, f"{number:,}", "") for name, number in Counter(found).most_common(ITEMS_SHOWN)]
+        parts += ["<h2>Evaluation items found</h2>", _bars(rows)]
     parts += ["<h2>Time</h2>", _times(content, counters), "<h2>Excerpts</h2>"]
     for rule, excerpts in content["excerpts"].items():
         items = "".join(f"<li>{html.escape(excerpt)}</li>" for excerpt in excerpts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 PACKED = ".weight_packed"  # compressed-tensors: int32 words of eight 4-bit weights
 _PARTS = (PACKED, ".weight_scale", ".weight_zero_point", ".weight_shape")
+
+
+def refuse_group_size(model_config: Mapping[str, Any], group_size: int) -> None:
+    """Raise ValueError when groups do not fill the input widths of the linear layers."""
+    for name in ("hidden_size", "intermediate_size"):
+        width = model_config.get(name, 0)
+        if width % group_size:
+            fitting = [size for size in (32, 64, 128) if width % size == 0]
+            raise ValueError(f"group_size: {group_size} does not divide the model's {name} {width}; use {fitting}")
 
 
 def quantize(

@@ -6,6 +6,7 @@ this task alone. The result's bits per byte are measured beside the source's, on
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ import ray
 from app import cluster, storage
 from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
 from app.documents import sample_texts
+from app.quantization.awq import refuse_group_size
 from app.quantization.config import QuantizeConfig
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ def run(config: QuantizeConfig) -> Manifest:
             f"llm-compressor is not installed in {OVERLAY_DIR}: run make setup, or "
             f"pip install --no-deps --target {OVERLAY_DIR} -r requirements/quantization.lock"
         )
+    with storage.open_file(f"{model.uri}/config.json") as file:
+        refuse_group_size(json.load(file), config.group_size)
     clear(uri)
     cluster.connect()
     logger.info("quantizing %s, group size %d", model.uri, config.group_size)

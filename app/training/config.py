@@ -28,10 +28,14 @@ class ModelConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW and its learning-rate schedule: linear warm-up, then a cosine down to a share of the peak."""
+    """AdamW and its learning-rate schedule: linear warm-up, then down to a share of the peak."""
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "warmup_stable_decay"] = Field(
+        "cosine", description="after the warm-up: a half cosine, or the peak and a linear decay at the end"
+    )
     warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="warmup_stable_decay: share of all steps that decay")
     final_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the end, over the peak")
     weight_decay: float = Field(0.1, ge=0, description="on matrices; not on vectors and embeddings")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")

@@ -182,6 +182,9 @@ def test_boilerplate_personal_data_and_evaluation_items_go(cluster: object, tmp_
     assert made.figures["by_rule"] == {"contaminated": 1}
     assert made.figures["evaluation_items"] == 1
     assert [row["detail"] for row in rows(tmp_path, "rejected")] == ["cmmlu.csv#1"]
+    report = json.loads((tmp_path / "corpus" / "report.json").read_text())
+    assert report["counters"]["found.cmmlu.csv#1 in web"] == 1
+    assert "Evaluation items found" in (tmp_path / "corpus" / "report.html").read_text()
     clean = [row["text"] for split in ("train", "held_out") for row in rows(tmp_path, split)]
     assert len(clean) == 7
     assert not [text for text in clean if footer in text or "13812345678" in text]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from app.quantization.awq import choose_windows, linear_sizes
+from app.quantization.awq import choose_windows, linear_sizes, refuse_group_size
 
 
 def test_sizes_of_packed_linear_layers(tmp_path: Path) -> None:
@@ -34,3 +34,9 @@ def test_calibration_windows_are_full_and_depend_on_the_seed_only() -> None:
     assert choose_windows(documents, 5, 10, seed=1) == windows != choose_windows(documents, 5, 10, seed=2)
     with pytest.raises(ValueError, match="fewer than 1000 tokens"):
         choose_windows(documents, 5, 1000, seed=1)
+
+
+def test_a_group_size_that_does_not_divide_a_width_is_refused() -> None:
+    refuse_group_size({"hidden_size": 256, "intermediate_size": 768}, 128)
+    with pytest.raises(ValueError, match=r"128 does not divide the model's intermediate_size 704; use \[32, 64\]"):
+        refuse_group_size({"hidden_size": 256, "intermediate_size": 704}, 128)

@@ -57,3 +57,15 @@ def test_deepspeed_config_follows_ours() -> None:
     assert made["zero_optimization"]["stage"] == 2
     assert made["bf16"]["enabled"] is True
     assert deepspeed_config(TrainConfig(), use_gpu=False)["zero_optimization"]["overlap_comm"] is False
+
+
+def test_warmup_stable_decay() -> None:
+    optimizer = OptimizerConfig(
+        learning_rate=1.0,
+        warmup_steps=2,
+        final_learning_rate_ratio=0.2,
+        schedule="warmup_stable_decay",
+        decay_ratio=0.4,
+    )
+    rates = [round(learning_rate(step, 10, optimizer), 3) for step in range(10)]
+    assert rates == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4]
