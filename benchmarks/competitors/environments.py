@@ -69,5 +69,6 @@ def run(python: Path, script: str, documents: Path, output: Path, *options: str)
         process = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
     if process.returncode:
         raise RuntimeError(f"{script} failed ({process.returncode}); {log} ends:\n{log.read_text()[-3000:]}")
-    answer: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    lines = [line for line in process.stdout.splitlines() if line.startswith('{"seconds"')]  # some tools talk on
+    answer: dict[str, Any] = json.loads(lines[-1])
     return answer
