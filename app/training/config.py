@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -43,6 +44,32 @@ class OptimizerConfig(Config):
     gradient_clipping: float = Field(1.0, gt=0, description="largest global gradient norm")
 
 
+class ReplayConfig(Config):
+    """Text of an earlier corpus mixed into continued pretraining, against forgetting (Ibrahim et al. 2024,
+    arXiv:2403.08763); its held-out blocks are scored too.
+    """
+
+    tokens_uri: str = Field("", description="tokens artifact of the old corpus, packed with the same tokenizer")
+    share: float = Field(0.0, ge=0, lt=1, description="share of each batch that comes from it")
+
+
+class CorrectionConfig(Config):
+    """When a run goes back to its last good checkpoint and skips the data since (PaLM, arXiv:2204.02311, section 5.1)."""
+
+    max_rewinds: int = Field(3, ge=0, description="how often; then the run stops with an error. 0: stop at once")
+    spike_score: float = Field(8.0, ge=0, description="robust z-score of the loss that counts as a spike; 0: only NaN")
+    window_steps: int = Field(64, ge=8, description="steps before, whose median and deviation the score is taken from")
+
+
+class AlarmConfig(Config):
+    """Levels that a warning is given at, when the median over the window passes them."""
+
+    window_steps: int = Field(20, ge=1, description="steps that the median is taken over")
+    gpu_utilization: float = Field(0.9, ge=0, le=1, description="warn below; only where there is a GPU")
+    communication_share: float = Field(0.05, ge=0, le=1, description="warn above; share of the step time")
+    grad_norm: float = Field(100.0, gt=0, description="warn above; before clipping")
+
+
 class TrainConfig(RunConfig):
     """Settings of `train_model`."""
 
@@ -51,35 +78,56 @@ class TrainConfig(RunConfig):
     checkpoints_uri: str = Field("checkpoints", description="training's private folder; a rerun resumes from it")
     output_uri: str = Field("model", description="where the trained model goes, in the Hugging Face layout")
     model: ModelConfig = ModelConfig()
+    init_from_uri: str = Field("", description="continue from this Hugging Face folder instead; `model` is not used")
+    replay: ReplayConfig = ReplayConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     num_steps: int = Field(300, ge=1, description="optimizer steps")
     global_batch_sequences: int = Field(32, ge=1, description="token blocks in one optimizer step, over all workers")
     micro_batch_sequences: int = Field(8, ge=1, description="token blocks in one forward pass of one worker")
     num_workers: int = Field(2, ge=1, description="Ray Train workers: one GPU each, or one CPU where there is no GPU")
-    zero_stage: Literal[1, 2, 3] = Field(3, description="DeepSpeed ZeRO stage")
+    min_workers: int = Field(0, ge=0, description="go on with so few when nodes are lost; 0: wait for num_workers")
+    resize_check_seconds: float = Field(60.0, gt=0, description="how often min_workers < n looks for new nodes")
+    document_masking: bool = Field(False, description="a document does not see others in its block")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "sdpa", description="implementation in transformers; flash_attention_2 needs a GPU and flash-attn"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed ZeRO stage")
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where its states are kept")
+    nvme_dir: str = Field("", description="folder on a fast local disk, for offload_optimizer nvme")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 for GPUs; it is slow on most CPUs")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    compile: bool = Field(False, description="torch.compile the model; needs a C++ compiler on CPUs")
     seed: int = Field(0, ge=0, description="of initial weights and data order")
     checkpoint_interval_steps: int = Field(50, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="how many are kept")
+    keep_checkpoints: int = Field(2, ge=1, description="how many are kept, besides the best one")
     evaluation_interval_steps: int = Field(50, ge=1, description="steps between held-out evaluations")
+    validation: Literal["inline", "async"] = Field(
+        "inline", description="inline: the workers score; async: a Ray task scores checkpoints while they go on"
+    )
+    export: Literal["best", "last"] = Field("best", description="which of the kept checkpoints becomes the model")
+    correction: CorrectionConfig = CorrectionConfig()
+    alarms: AlarmConfig = AlarmConfig()
     max_failures: int = Field(5, ge=-1, description="worker failures to recover from; -1 for any number")
+    cache_dir: str = Field("/tmp/zero-to-one", description="local folder of each node for decoded token blocks")
     wandb_mode: Literal["offline", "online", "disabled"] = Field("offline", description="online needs WANDB_API_KEY")
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> TrainConfig:
-        once = self.micro_batch_sequences * self.num_workers
-        if self.global_batch_sequences % once:
+    def _fits_together(self) -> TrainConfig:
+        if self.global_batch_sequences < self.num_workers:
             raise ValueError(
-                f"global_batch_sequences ({self.global_batch_sequences}) must be a multiple of "
-                f"micro_batch_sequences × num_workers ({once})"
+                f"global_batch_sequences ({self.global_batch_sequences}) must be num_workers ({self.num_workers}) or more"
             )
+        if self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers ({self.min_workers}) must not exceed num_workers ({self.num_workers})")
+        if bool(self.replay.tokens_uri) != (self.replay.share > 0):
+            raise ValueError("replay.tokens_uri and replay.share belong together: set both or none")
+        if (self.offload_optimizer == "nvme") != bool(self.nvme_dir):
+            raise ValueError("offload_optimizer nvme and nvme_dir belong together: set both or none")
         return self
 
-    @property
-    def accumulation_steps(self) -> int:
-        """Forward passes of each worker in one optimizer step."""
-        return self.global_batch_sequences // (self.micro_batch_sequences * self.num_workers)
+    def accumulation_steps(self, num_workers: int) -> int:
+        """Forward passes of each worker in one optimizer step; the last may be filled up with rows that do not count."""
+        return math.ceil(math.ceil(self.global_batch_sequences / num_workers) / self.micro_batch_sequences)
 
     def plan(self) -> list[str]:
         """Workers, steps and where the checkpoints are."""
@@ -87,7 +135,7 @@ class TrainConfig(RunConfig):
 
         return [
             f"train {self.num_steps} steps of {self.global_batch_sequences} blocks on {self.num_workers} workers, "
-            f"ZeRO-{self.zero_stage}, {self.accumulation_steps} forward passes a step",
+            f"ZeRO-{self.zero_stage}, {self.accumulation_steps(self.num_workers)} forward passes a step",
             f"resume from the newest checkpoint in {self.resolve(self.checkpoints_uri)}, if any",
             *states(self),
         ]

@@ -13,12 +13,12 @@ from app.training.config import TrainConfig
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
 
 
-def deepspeed_config(config: TrainConfig, use_gpu: bool) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, world_size: int, use_gpu: bool) -> dict[str, Any]:
     """What `deepspeed.initialize` takes. Buckets follow the model's width, so that a small model stays small."""
     elements = config.model.hidden_size**2
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_sequences,
-        "gradient_accumulation_steps": config.accumulation_steps,
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_allow_untested_optimizer": True,  # torch.optim.AdamW: no operator to compile
         "steps_per_print": 10**9,
