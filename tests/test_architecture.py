@@ -24,7 +24,7 @@ MAY_IMPORT = {  # a foundation module -> foundation modules it may import
     "models": {"config", "records", "storage"},
     "privacy": {"config", "records"},
 }
-RAY = {"cluster.py", "training/loop.py", "training/checkpoint.py", "training/telemetry.py", "evaluation/generation.py"}
+RAY = {"cluster.py", "training/worker.py", "training/telemetry.py", "evaluation/generation.py"}
 RAY |= {"serving/gateway.py", "serving/deployment.py", *(f"{stage}/stage.py" for stage in STAGES | {"pipeline"})}
 
 

@@ -54,7 +54,7 @@ class ReplayConfig(Config):
 
 
 class CorrectionConfig(Config):
-    """When a run goes back to its last good checkpoint and skips the data since (PaLM, arXiv:2204.02311, section 5.1)."""
+    """When a run goes back to its last good checkpoint and skips the data since (PaLM, arXiv:2204.02311, 5.1)."""
 
     max_rewinds: int = Field(3, ge=0, description="how often; then the run stops with an error. 0: stop at once")
     spike_score: float = Field(8.0, ge=0, description="robust z-score of the loss that counts as a spike; 0: only NaN")
@@ -115,7 +115,8 @@ class TrainConfig(RunConfig):
     def _fits_together(self) -> TrainConfig:
         if self.global_batch_sequences < self.num_workers:
             raise ValueError(
-                f"global_batch_sequences ({self.global_batch_sequences}) must be num_workers ({self.num_workers}) or more"
+                f"global_batch_sequences ({self.global_batch_sequences}) must not be below num_workers "
+                f"({self.num_workers})"
             )
         if self.min_workers > self.num_workers:
             raise ValueError(f"min_workers ({self.min_workers}) must not exceed num_workers ({self.num_workers})")
@@ -126,7 +127,7 @@ class TrainConfig(RunConfig):
         return self
 
     def accumulation_steps(self, num_workers: int) -> int:
-        """Forward passes of each worker in one optimizer step; the last may be filled up with rows that do not count."""
+        """Forward passes of each worker in one optimizer step; the last may be filled up with rows of no weight."""
         return math.ceil(math.ceil(self.global_batch_sequences / num_workers) / self.micro_batch_sequences)
 
     def plan(self) -> list[str]:

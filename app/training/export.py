@@ -1,69 +1,87 @@
-"""The trained model in the Hugging Face layout: whole safetensors weights, config, tokenizer, training log."""
+"""From a checkpoint to the model in the Hugging Face layout: whole safetensors weights, config, tokenizer, log.
+
+Works on the checkpoint's files, without the workers that wrote it: the same whole weights are scored while training
+goes on and exported at the end. The host needs memory for the whole model in float32.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from app import storage
 from app.models import TURN_END
+from app.training import checkpoint, held_out, journal
+from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
 
-if TYPE_CHECKING:
+ARCHITECTURE = "architecture"  # folder of the run with the model's config
+
+
+def save_architecture(model_config: Any, class_name: str, run_uri: str) -> None:
+    """Keep the model's config in the run's folder; done once, by one rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        model_config.architectures = [class_name]
+        model_config.save_pretrained(folder)
+        storage.upload(Path(folder), f"{run_uri}/{ARCHITECTURE}")
+
+
+def load_whole(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) -> Any:
+    """The transformers model with the checkpoint's weights, on the CPU, in the dtype it is trained in."""
     import torch
-    from transformers import PreTrainedModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with storage.local_copy(f"{run_uri}/{ARCHITECTURE}") as folder:
+        model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    weights = _whole_weights(run_uri, manifest)
+    model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, config.dtype))
+    model.load_state_dict(weights, strict=not model_config.tie_word_embeddings)  # tied: the output's own is not stored
+    model.tie_weights()
+    return model
 
 
-def llama_config(config: TrainConfig, vocab_size: int, block_tokens: int, end_of_text_id: int) -> Any:
-    """The transformers config of the model; its context is the length of the blocks it is trained on."""
-    from transformers import LlamaConfig
-
-    model = config.model
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        max_position_embeddings=block_tokens,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        tie_word_embeddings=model.tie_embeddings,
-        bos_token_id=end_of_text_id,
-        eos_token_id=end_of_text_id,
-        use_cache=False,
-    )
-
-
-def gather_weights(model: PreTrainedModel, keep: bool) -> dict[str, torch.Tensor]:
-    """Whole weights by name, one parameter at a time; collective: every rank calls it, those that keep get them."""
-    import deepspeed
-
-    weights = {}
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if keep:
-                weights[name] = parameter.detach().cpu().clone()
-    return weights
-
-
-def export_model(model: PreTrainedModel, weights: dict[str, torch.Tensor], log: str, config: TrainConfig) -> None:
-    """Write model, tokenizer and training log under output_uri; called by one rank."""
-    from huggingface_hub import save_torch_state_dict
+def export_model(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) -> None:
+    """Write model, tokenizer and training log under output_uri."""
     from transformers import AutoTokenizer, GenerationConfig
 
+    model = load_whole(run_uri, manifest, config)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        save_torch_state_dict(weights, folder)
         model.config.use_cache = True
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
+        model.save_pretrained(folder)
         with storage.local_copy(config.resolve(config.tokenizer_uri)) as tokenizer_dir:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
         tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.save_pretrained(folder)
         stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)]
         GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+        log = journal.to_jsonl(journal.read_log(run_uri))
         (folder / "training_log.jsonl").write_text(log)
         storage.upload(folder, config.resolve(config.output_uri))
+
+
+def score_checkpoint(run_uri: str, step: int, config: TrainConfig) -> dict[str, float]:
+    """Held-out figures of a complete checkpoint, written where `read_scores` finds them; {} when it is gone."""
+    import torch
+
+    found = [manifest for manifest in checkpoint.find_complete(run_uri) if manifest.step == step]
+    if not found:
+        return {}
+    model = load_whole(run_uri, found[0], config).to("cuda" if torch.cuda.is_available() else "cpu")
+    figures = held_out.score(held_out.open_all(config), model, config.micro_batch_sequences)
+    checkpoint.write_scores(run_uri, step, figures)
+    return figures
+
+
+def _whole_weights(run_uri: str, manifest: CheckpointManifest) -> Any:
+    import torch
+
+    if damage := checkpoint.find_damage(run_uri, manifest):
+        raise ValueError(f"{damage}; submit the job again to go on from the checkpoint before")
+    with storage.local_copy(f"{checkpoint.folder(run_uri)}/{manifest.name}") as folder:
+        if manifest.zero_stage == 0:
+            return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)

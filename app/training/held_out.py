@@ -1,53 +1,82 @@
-"""Bits per byte on the held-out blocks, the figure that compares models whatever their tokenizers.
+"""Bits per byte on held-out blocks, the figure that compares models whatever their tokenizers.
 
-Every rank scores its share of the blocks; their sum is one number on all. It chooses nothing by that number.
+The workers share the blocks and add up, or one process scores a checkpoint's whole weights. It chooses nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
-from app.training import batches
+from app.artifacts import read_manifest
+from app.training.batches import Blocks, open_blocks
+from app.training.checkpoint import SCORE
+from app.training.config import TrainConfig
+
+FIGURES = (SCORE, "replay_bits_per_byte")
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out blocks [N, T] and the UTF-8 bytes that their scored tokens stand for."""
+    """Held-out blocks [N, T] and the UTF-8 bytes that their scored tokens stand for."""
 
-    blocks: batches.Blocks
+    blocks: Blocks
     scored_bytes: float
 
     @classmethod
-    def read(cls, tokens_uri: str, figures: Any) -> HeldOut | None:
+    def open(cls, tokens_uri: str, cache_dir: str) -> Self | None:
         """None when the split fills no block. A block's first token is context only; the tail is not scored.
 
         The bytes are those of the split times the share of its tokens that are scored.
         """
+        tokens = read_manifest(tokens_uri, "tokens")
+        figures: Any = tokens.figures["held_out"]
         if not figures["blocks"]:
             return None
-        blocks = batches.read_blocks(tokens_uri, "held_out")
-        scored_tokens = blocks.shape[0] * (blocks.shape[1] - 1)
+        blocks = open_blocks(tokens.uri, "held_out", tokens.digest, cache_dir)
+        scored_tokens = len(blocks) * (blocks.block_tokens - 1)
         return cls(blocks, figures["bytes"] * scored_tokens / figures["tokens"])
 
+    def bits_per_byte(self, model: Any, micro_batch: int, rank: int = 0, world_size: int = 1) -> float:
+        """Cross-entropy in bits over bytes; collective when there are several ranks, all of which get the sum."""
+        nats = self._nats(model, micro_batch, rank, world_size)
+        if world_size > 1:
+            torch.distributed.all_reduce(nats)
+        return float(nats) / math.log(2) / self.scored_bytes
+
     @torch.no_grad()
-    def bits_per_byte(self, engine: Any, micro_batch: int) -> float:
-        """Cross-entropy in bits over bytes; collective. Every rank runs as many forward passes as the others."""
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    def _nats(self, model: Any, micro_batch: int, rank: int, world_size: int) -> torch.Tensor:
+        """Sum over this rank's blocks; every rank runs as many forward passes as the others."""
         once = micro_batch * world_size
-        engine.eval()
-        nats = torch.zeros((), dtype=torch.float64, device=engine.device)
+        device = model.device
+        nats = torch.zeros((), dtype=torch.float64, device=device)
+        model.eval()
         for start in range(0, len(self.blocks), once):
             rows = np.arange(start, start + once)[rank::world_size]
             inside = rows < len(self.blocks)  # the last pass is filled up with block 0, which does not count there
-            input_ids = torch.from_numpy(self.blocks[np.where(inside, rows, 0)]).long().to(engine.device)  # [B, T]
-            logits = engine(input_ids=input_ids).logits[:, :-1].float()  # [B, T-1, V]
+            chosen = self.blocks.input_ids[np.where(inside, rows, 0)]
+            input_ids = torch.from_numpy(chosen).long().to(device)  # [B, T]
+            logits = model(input_ids=input_ids).logits[:, :-1].float()  # [B, T-1, V]
             losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
             nats += losses.sum(1).double()[torch.from_numpy(inside)].sum()
-        engine.train()
-        torch.distributed.all_reduce(nats)
-        return float(nats) / math.log(2) / self.scored_bytes
+        model.train()
+        return nats
+
+
+def open_all(config: TrainConfig) -> dict[str, HeldOut]:
+    """The held-out texts to score, by the name of their figure: of the corpus, and of the one that is replayed."""
+    uris = zip(FIGURES, (config.tokens_uri, config.replay.tokens_uri), strict=True)
+    opened = {name: HeldOut.open(config.resolve(uri), config.cache_dir) for name, uri in uris if uri}
+    return {name: held_out for name, held_out in opened.items() if held_out}
+
+
+def score(
+    texts: Mapping[str, HeldOut], model: Any, micro_batch: int, ranks: tuple[int, int] = (0, 1)
+) -> dict[str, float]:
+    """Bits per byte of each; `ranks` are this worker's and their number."""
+    return {name: held_out.bits_per_byte(model, micro_batch, *ranks) for name, held_out in texts.items()}

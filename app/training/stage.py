@@ -1,16 +1,24 @@
-"""Training stage: Ray Train hosts the DeepSpeed workers, restarts them after a failure and resumes.
+"""Training stage: Ray Train hosts the DeepSpeed workers, restarts them after a failure and resizes their group.
 
-A run's folder under checkpoints_uri is named by the hash of its settings and data: the same job submitted again
-continues it, a job with other settings never does.
+checkpoints_uri is the folder of one run: the same job submitted again continues it, and one with other data or other
+settings of what is learned is refused. The workers read the folder themselves, so nothing hangs on Ray's own record of
+checkpoints. When they have ended, the best checkpoint becomes the model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -19,10 +27,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors import safe_open
 
 from app import cluster, storage
-from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
+from app.artifacts import Input, Manifest, clear, find_complete, publish, raw_inputs, read_manifest
 from app.models import END_OF_TEXT
+from app.training import checkpoint, goodput, journal, ledger, report, signals
+from app.training.batches import open_plan, read_tokens
 from app.training.config import TrainConfig
-from app.training.telemetry import STARTS
 
 logger = logging.getLogger(__name__)
 
@@ -31,89 +40,229 @@ CPU_ENVIRONMENT = {
     "LOCAL_SIZE": "1",  # the number of devices; unset, DeepSpeed runs numactl several times a step
     "OMP_NUM_THREADS": "1",
 }
-_NOT_OF_THE_RUN = {"storage_uri", "overwrite", "output_uri", "max_failures", "wandb_mode", "keep_checkpoints"}
+RECORD = "run.json"  # settings and data of the run that a folder holds
+STOPPED = 143  # exit code after SIGTERM
+_HOW_NOT_WHAT = {  # settings that a run may go on with when they have changed
+    "storage_uri", "overwrite", "tokens_uri", "tokenizer_uri", "checkpoints_uri", "output_uri", "num_workers",
+    "min_workers", "resize_check_seconds", "micro_batch_sequences", "attention", "offload_optimizer", "nvme_dir",
+    "activation_checkpointing", "compile", "checkpoint_interval_steps", "keep_checkpoints", "validation", "export",
+    "evaluation_interval_steps", "correction", "alarms", "max_failures", "cache_dir", "wandb_mode",
+}  # fmt: skip
 
 
 def run(config: TrainConfig) -> Manifest:
     """Train, or resume, to the last step and make the model artifact.
 
-    Raises ValueError when the inputs do not fit or a worker finds the user's mistake.
+    Raises ValueError when the inputs do not fit, checkpoints_uri holds another run, or a worker finds the user's
+    mistake; SystemExit after a checkpoint when the job is told to end (SIGTERM).
     """
     uri = config.resolve(config.output_uri)
-    tokens = read_manifest(config.resolve(config.tokens_uri), "tokens")
-    tokenizer = read_manifest(config.resolve(config.tokenizer_uri), "tokenizer")
-    inputs = {"tokens": tokens.as_input(), "tokenizer": tokenizer.as_input()}
-    draft = Manifest.draft("model", uri, config, inputs)
+    draft = Manifest.draft("model", uri, config, _inputs(config))
     if done := find_complete(draft, config.overwrite):
         return done
-    if tokens.inputs["tokenizer"].digest != tokenizer.digest:
-        raise ValueError(f"{tokens.uri}: packed with another tokenizer than {tokenizer.uri}; run pack_tokens again")
     clear(uri)
+    run_uri = config.resolve(config.checkpoints_uri)
+    run_name = open_run(run_uri, draft, config.overwrite)
     cluster.connect()
     use_gpu = cluster.has_gpu()
-    run_name = run_identity(draft)
     job: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
-        "run_uri": f"{config.resolve(config.checkpoints_uri)}/{run_name}",
+        "run_uri": run_uri,
+        "run_name": run_name,
         "use_gpu": use_gpu,
-        "end_of_text_id": _end_of_text_id(tokenizer.uri),
+        "vocabulary": _vocabulary(config),
     }
-    logger.info("run %s: %d workers on %s", run_name, config.num_workers, "GPUs" if use_gpu else "CPUs")
-    _refuse_damaged(job["run_uri"])
-    if diverged := _trainer(config, job, run_name).fit().return_value:
-        raise ValueError(diverged)
-    restarts = len(storage.list_files(f"{job['run_uri']}/{STARTS}")) - 1
-    sizes = {"parameters": _num_parameters(uri), "block_tokens": tokens.config["block_tokens"]}
-    return publish(draft, sizes | summarize(_read_log(uri), config, sizes["block_tokens"]) | {"restarts": restarts})
+    where = "GPUs" if use_gpu else "CPUs"
+    logger.info("run %s in %s: %d workers on %s", run_name, run_uri, config.num_workers, where)
+    with _stop_on_sigterm(run_uri):
+        outcome: dict[str, Any] = _trainer(config, job).fit().return_value
+    _write_report(run_uri, {})
+    if error := outcome.get("error"):
+        raise ValueError(error)
+    if outcome.get("stopped"):
+        logger.warning("stopped after a checkpoint at step %d; submit the job again to go on", outcome["step"])
+        raise SystemExit(STOPPED)
+    return publish(draft, _finish(config, run_uri))
 
 
-def run_identity(draft: Manifest) -> str:
-    """16 hex digits of the settings that shape the run and of its inputs."""
-    settings = {name: value for name, value in draft.config.items() if name not in _NOT_OF_THE_RUN}
-    content = [settings, {name: given.digest for name, given in draft.inputs.items()}]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+def _inputs(config: TrainConfig) -> dict[str, Input]:
+    tokenizer = read_manifest(config.resolve(config.tokenizer_uri), "tokenizer")
+    inputs = {"tokenizer": tokenizer.as_input()}
+    for name, tokens in zip(("tokens", "replay"), read_tokens(config), strict=False):
+        if tokens.inputs["tokenizer"].digest != tokenizer.digest:
+            raise ValueError(f"{tokens.uri}: packed with another tokenizer than {tokenizer.uri}; run pack_tokens again")
+        inputs[name] = tokens.as_input()
+    if config.init_from_uri:
+        uri = f"{config.resolve(config.init_from_uri)}/config.json"
+        if not storage.exists(uri):
+            raise ValueError(f"init_from_uri: {uri} does not exist; a folder in the Hugging Face layout is needed")
+        inputs["init_from"] = raw_inputs([uri])[uri]
+    return inputs
 
 
-def _refuse_damaged(run_uri: str) -> None:
-    """Ray Train rewrites its list of complete checkpoints in place, so a kill can cut it short."""
-    path = f"{run_uri}/checkpoint_manager_snapshot.json"
-    if not storage.exists(path):
-        return
-    try:
+def open_run(run_uri: str, draft: Manifest, overwrite: bool) -> str:
+    """Begin the run in its folder, or make sure that the one in there is this one; its name.
+
+    Raises ValueError naming what differs, unless overwrite is set: then the old run is deleted.
+    """
+    settings = _flatten({name: value for name, value in draft.config.items() if name not in _HOW_NOT_WHAT})
+    data = {name: given.digest for name, given in draft.inputs.items()}
+    record: dict[str, Any] = {"settings": settings, "data": data}
+    path = f"{run_uri}/{RECORD}"
+    if storage.exists(path):
         with storage.open_file(path) as file:
-            json.load(file)
-    except ValueError:
-        raise ValueError(f"{path}: cut short by a kill; delete {run_uri} to train from the start") from None
+            found = json.load(file)
+        if found["settings"] == settings and found["data"] == data:
+            signals.forget_stop(run_uri)
+            _forget_damaged_snapshots(run_uri)
+            return str(found["name"])
+        if not overwrite:
+            raise ValueError(_difference(run_uri, found, record))
+        storage.delete(run_uri)
+    record["name"] = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    storage.write_atomic(path, json.dumps(record, indent=1).encode())
+    return str(record["name"])
 
 
-def _trainer(config: TrainConfig, job: dict[str, Any], run_name: str) -> TorchTrainer:
+def _difference(run_uri: str, found: dict[str, Any], record: dict[str, Any]) -> str:
+    lines = []
+    for part, word in (("data", "of other "), ("settings", "with ")):
+        before, now = found[part], record[part]
+        lines += [
+            f"{run_uri} holds a run {word}{key}: {str(before.get(key))[:16]}, now {str(now.get(key))[:16]}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+    lines.append("it cannot be resumed so: set checkpoints_uri to another folder, or --overwrite true to start again")
+    return "\n".join(lines)
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        flat |= _flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _forget_damaged_snapshots(run_uri: str) -> None:
+    """Ray Train rewrites its own record in place, so a kill can cut it short; nothing of ours is in it."""
+    for path in storage.list_files(f"{run_uri}/ray", "snapshot.json"):
+        try:
+            with storage.open_file(path) as file:
+                json.load(file)
+        except ValueError:
+            storage.delete(path)
+
+
+@contextmanager
+def _stop_on_sigterm(run_uri: str) -> Iterator[None]:
+    """While the workers train, SIGTERM to this process asks them to leave after a checkpoint."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        logger.warning("told to end: asking the workers for a checkpoint")
+        signals.ask_to_stop(run_uri)
+
+    if threading.current_thread() is not threading.main_thread():  # under Tune: its trials end otherwise
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Failures(ray.train.UserCallback):  # type: ignore[misc]
+    """Notes in the journal why Ray Train restarts the workers; runs in its controller."""
+
+    def __init__(self, run_uri: str) -> None:
+        self._run_uri = run_uri
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+        error = next(iter(worker_exceptions.values()))
+        journal.add_event(self._run_uri, "failed", cause=f"rank {ranks}: {str(error).strip().splitlines()[-1][:200]}")
+
+
+def _train(job: dict[str, Any]) -> dict[str, Any]:
+    """What a worker runs: imports what is heavy there, not in the driver."""
+    began = time.time()
     from app.training.loop import train_per_worker
 
+    return train_per_worker(job | {"began": began, "import_seconds": time.time() - began})
+
+
+def _score(checkpoint: Any, step: int, job: dict[str, Any]) -> dict[str, float]:
+    """What Ray Train's validation task runs while the workers go on."""
+    from app.training.export import score_checkpoint
+
+    return score_checkpoint(job["run_uri"], step, TrainConfig.model_validate(job["config"]))
+
+
+def _trainer(config: TrainConfig, job: dict[str, Any]) -> TorchTrainer:
     use_gpu = job["use_gpu"]
+    elastic = 0 < config.min_workers < config.num_workers
+    is_async = config.validation == "async"
+    task = ray.train.ValidationTaskConfig(fn_kwargs={"job": job})
     return TorchTrainer(
-        train_per_worker,
+        _train,
         train_loop_config=job,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(config.min_workers, config.num_workers) if elastic else config.num_workers,
+            use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=config.resize_check_seconds,
+        ),
         run_config=ray.train.RunConfig(
-            name=run_name,
-            storage_path=config.resolve(config.checkpoints_uri),
+            name="ray",
+            storage_path=job["run_uri"],
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            callbacks=[_Failures(job["run_uri"])],
             worker_runtime_env={} if use_gpu else {"env_vars": CPU_ENVIRONMENT},
         ),
+        validation_config=ray.train.ValidationConfig(_score, task, {"num_gpus": int(use_gpu)}) if is_async else None,
     )
 
 
-def _end_of_text_id(tokenizer_uri: str) -> int:
-    with storage.local_copy(tokenizer_uri) as folder:
+def _finish(config: TrainConfig, run_uri: str) -> dict[str, Any]:
+    """Check the ledger, export the model, write the report; the figures of the manifest."""
+    log, scores = journal.read_log(run_uri), checkpoint.read_scores(run_uri)
+    plan = open_plan(config)
+    checked = ledger.check(log, plan, journal.read_rewinds(run_uri))
+    step = ray.get(ray.remote(_export).remote(config, run_uri, checkpoint.best_step(scores)))
+    spent = goodput.summarize(journal.read_events(run_uri), log)
+    tokens = read_manifest(config.resolve(config.tokens_uri), "tokens")
+    figures = summarize(log, config, tokens.config["block_tokens"]) | checked
+    figures |= {name: round(value, 4) for name, value in scores.get(step, {}).items()}
+    figures |= {"parameters": _num_parameters(config.resolve(config.output_uri)), "exported_step": step}
+    figures |= {"goodput": round(spent.goodput, 4), "restarts": len(spent.restarts), "rewinds": len(spent.rewinds)}
+    _write_report(run_uri, figures)
+    return figures
+
+
+def _export(config: TrainConfig, run_uri: str, best_step: int) -> int:
+    """Export the best checkpoint, or the last if that is gone or not wished; its step."""
+    from app.training.export import export_model
+
+    found = checkpoint.find_complete(run_uri)
+    wished = best_step if config.export == "best" else -1
+    chosen = next((manifest for manifest in found if manifest.step == wished), found[0])
+    export_model(run_uri, chosen, config)
+    return chosen.step
+
+
+def _write_report(run_uri: str, figures: dict[str, Any]) -> None:
+    page = report.render(journal.read_log(run_uri), journal.read_events(run_uri), figures)
+    storage.write_atomic(f"{run_uri}/report.html", page.encode())
+
+
+def _vocabulary(config: TrainConfig) -> dict[str, int]:
+    tokens = read_manifest(config.resolve(config.tokens_uri), "tokens")
+    with storage.local_copy(config.resolve(config.tokenizer_uri)) as folder:
         added = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    return next(int(token["id"]) for token in added if token["content"] == END_OF_TEXT)
-
-
-def _read_log(model_uri: str) -> list[dict[str, float]]:
-    with storage.open_file(f"{model_uri}/training_log.jsonl", "r", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    end_of_text_id = next(int(token["id"]) for token in added if token["content"] == END_OF_TEXT)
+    return {"vocab_size": int(str(tokens.figures["vocab_size"])), "end_of_text_id": end_of_text_id}
 
 
 def _num_parameters(model_uri: str) -> int:
@@ -126,17 +275,14 @@ def _num_parameters(model_uri: str) -> int:
     return total
 
 
-def summarize(log: list[dict[str, float]], config: TrainConfig, block_tokens: int) -> dict[str, Any]:
+def summarize(log: list[dict[str, Any]], config: TrainConfig, block_tokens: int) -> dict[str, Any]:
     """The figures of the manifest from the lines of the steps; the train loss is the mean of the last tenth."""
     assert [line["step"] for line in log] == list(range(config.num_steps)), "a step is missing or there twice"
     last = log[-max(1, len(log) // 10) :]
     speeds = sorted(line["tokens_per_second"] for line in log)
-    figures = {
+    return {
         "steps": len(log),
         "tokens": len(log) * config.global_batch_sequences * block_tokens,
         "train_loss": round(sum(line["loss"] for line in last) / len(last), 4),
         "tokens_per_second": round(speeds[len(speeds) // 2]),
     }
-    if "held_out_bits_per_byte" in log[-1]:
-        figures["held_out_bits_per_byte"] = round(log[-1]["held_out_bits_per_byte"], 4)
-    return figures

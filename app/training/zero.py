@@ -16,6 +16,18 @@ BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
 def deepspeed_config(config: TrainConfig, world_size: int, use_gpu: bool) -> dict[str, Any]:
     """What `deepspeed.initialize` takes. Buckets follow the model's width, so that a small model stays small."""
     elements = config.model.hidden_size**2
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": use_gpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": max(elements, 1_000_000),
+        "stage3_prefetch_bucket_size": max(elements, 1_000_000),
+        "stage3_param_persistence_threshold": 10 * config.model.hidden_size,  # norms stay whole, matrices do not
+        "memory_efficient_linear": use_gpu,  # a linear layer in Python: the same numbers, a third slower on a CPU
+    }
+    if config.offload_optimizer != "none":
+        where = {"nvme_path": config.nvme_dir} if config.offload_optimizer == "nvme" else {}
+        zero["offload_optimizer"] = {"device": config.offload_optimizer, "pin_memory": use_gpu, **where}
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_sequences,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
@@ -23,13 +35,6 @@ def deepspeed_config(config: TrainConfig, world_size: int, use_gpu: bool) -> dic
         "zero_allow_untested_optimizer": True,  # torch.optim.AdamW: no operator to compile
         "steps_per_print": 10**9,
         "bf16": {"enabled": config.dtype == "bfloat16"},
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "overlap_comm": use_gpu,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": max(elements, 1_000_000),
-            "stage3_prefetch_bucket_size": max(elements, 1_000_000),
-            "stage3_param_persistence_threshold": 10 * config.model.hidden_size,  # norms stay whole, matrices do not
-            "memory_efficient_linear": use_gpu,  # a linear layer in Python: the same numbers, a third slower on a CPU
-        },
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW on offloaded states, too: DeepSpeed's needs a compiler
+        "zero_optimization": zero,
     }

@@ -1,6 +1,5 @@
-"""A run that is killed and submitted again equals the undisturbed one; what is exported is what was trained."""
+"""A run that is disturbed equals the undisturbed one, bit for bit; what is exported is what was trained."""
 
-import json
 import math
 import os
 import signal
@@ -8,58 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from app.artifacts import Input, Manifest, publish, read_manifest
+from app.artifacts import read_manifest
 from app.cluster import LocalCluster
-from app.config import RunConfig
-from app.records import TOKEN_BLOCK
-from app.training import stage
+from app.training import checkpoint, journal, stage
 from app.training.config import TrainConfig
+from tests.training.tiny import BLOCK_TOKENS, HELD_OUT_BYTES, VOCAB_SIZE, config_of, log_of, trajectory, write_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
-VOCAB_SIZE, BLOCK_TOKENS, HELD_OUT_BYTES = 300, 32, 1000
-SETTINGS = {
-    "model": {"hidden_size": 64, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_key_value_heads": 1},
-    "optimizer": {"learning_rate": 5e-3, "warmup_steps": 2},
-    "num_steps": 60,
-    "global_batch_sequences": 8,
-    "micro_batch_sequences": 2,
-    "checkpoint_interval_steps": 10,
-    "evaluation_interval_steps": 30,
-    "wandb_mode": "disabled",
-}
-
-
-def write_inputs(root: Path) -> None:
-    """A tokenizer, and random walks through its ids as tokens; the held-out blocks fill no whole batch."""
-    from app.tokens import tokenizer as bpe
-
-    (root / "tokenizer").mkdir()
-    bpe.save(bpe.train(["却说刘备引兵南下。"] * 3, VOCAB_SIZE, 2), root / "tokenizer")
-    tokenizer = publish(Manifest.draft("tokenizer", str(root / "tokenizer"), RunConfig(), {}), {})
-    walks = np.random.default_rng(0).integers(0, 3, (103, BLOCK_TOKENS)).cumsum(1) % VOCAB_SIZE
-    for split, blocks in (("train", walks[:96]), ("held_out", walks[96:])):
-        rows = [{"input_ids": block.tolist(), "document_starts": [0]} for block in blocks]
-        (root / "tokens" / split).mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(rows, TOKEN_BLOCK), root / "tokens" / split / "0.parquet")
-    held_out = {"documents": 7, "blocks": 7, "tokens": 7 * BLOCK_TOKENS + 5, "tail_tokens": 5, "bytes": HELD_OUT_BYTES}
-    inputs: dict[str, Input] = {"tokenizer": tokenizer.as_input()}
-    draft = Manifest.draft("tokens", str(root / "tokens"), RunConfig(), inputs)
-    draft = draft.model_copy(update={"config": draft.config | {"block_tokens": BLOCK_TOKENS}})
-    publish(draft, {"vocab_size": VOCAB_SIZE, "held_out": held_out})
-
-
-def config_of(inputs: Path, root: Path, **changes: object) -> dict[str, object]:
-    """Settings of a run in `root` on the inputs of another folder."""
-    uris = {"tokens_uri": f"{inputs}/tokens", "tokenizer_uri": f"{inputs}/tokenizer", "storage_uri": str(root)}
-    return {**SETTINGS, **uris, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +31,36 @@ def undisturbed(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory)
     return root
 
 
-def log_of(root: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (root / "model" / "training_log.jsonl").read_text().splitlines()]
+def start(root: Path, inputs: Path, cluster: LocalCluster, **changes: Any) -> subprocess.Popen[str]:
+    """The training job as a process of its own."""
+    settings = root / "train.yaml"
+    settings.write_text(yaml.safe_dump(config_of(inputs, root, **changes)))
+    command = [sys.executable, "jobs/train_model.py", "--config", str(settings)]
+    environment = os.environ | cluster.environment
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_checkpoint(root: Path, job: subprocess.Popen[str], step: int) -> None:
+    """Until a checkpoint of that step or a later one is complete."""
+    deadline = time.monotonic() + 240
+    while not any(manifest.step >= step for manifest in checkpoint.find_complete(f"{root}/checkpoints")):
+        assert job.poll() is None, "the job ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def finish(job: subprocess.Popen[str]) -> str:
+    """What a job that must succeed says on stderr."""
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said[-3000:]
+    return said
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert trajectory(one) == trajectory(other)
+    assert (one / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()
 
 
 def test_the_model_scores_what_the_trainer_reported(undisturbed: Path) -> None:
@@ -96,41 +85,63 @@ def test_the_model_scores_what_the_trainer_reported(undisturbed: Path) -> None:
 
 
 def test_a_killed_job_submitted_again_changes_nothing(undisturbed: Path, cluster: LocalCluster, tmp_path: Path) -> None:
-    """SIGKILL of the whole job after its first checkpoint, and a half-written newer checkpoint left behind."""
-    settings = tmp_path / "train.yaml"
-    settings.write_text(yaml.safe_dump(config_of(undisturbed, tmp_path)))
-    command = [sys.executable, "jobs/train_model.py", "--config", str(settings)]
-    options = {"cwd": ROOT, "env": os.environ | cluster.environment, "text": True}
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
-    deadline = time.monotonic() + 240
-    while not (snapshots := list(tmp_path.glob("checkpoints/*/checkpoint_manager_snapshot.json"))):
-        assert first.poll() is None, "the job ended before it wrote a checkpoint"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    """SIGKILL of the whole job; the newest checkpoint is damaged then, and a newer one was never completed."""
+    first = start(tmp_path, undisturbed, cluster)
+    wait_for_checkpoint(tmp_path, first, 20)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert not (tmp_path / "model" / "manifest.json").exists()
-    half_written = snapshots[0].parent / "checkpoint_2999-01-01_00-00-00.000000"
-    (half_written / "state").mkdir(parents=True)
-    (half_written / "training_log.jsonl").write_text("{")
-    again = subprocess.run(command, capture_output=True, timeout=300, **options)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "resuming after step" in again.stderr
-    for field in ("step", "loss", "learning_rate", "grad_norm"):
-        assert [line[field] for line in log_of(tmp_path)] == [line[field] for line in log_of(undisturbed)]
-    weights = [(path / "model" / "model.safetensors").read_bytes() for path in (tmp_path, undisturbed)]
-    assert weights[0] == weights[1]
-    assert read_manifest(f"{tmp_path}/model", "model").figures["restarts"] == 1
+    newest, *_ = checkpoint.find_complete(f"{tmp_path}/checkpoints")
+    folder = tmp_path / "checkpoints" / "checkpoints" / newest.name
+    shard = folder / list(newest.parts[1])[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    half_written = folder.with_name("step-00000055-0001")
+    half_written.mkdir()
+    (half_written / "rank-00000.json").write_text("{")
+    said = finish(start(tmp_path, undisturbed, cluster))
+    assert f"{shard} differs from its checksum: passing over the checkpoint of step {newest.step}" in said
+    assert f"resuming after step {newest.step - 10}" in said
+    assert_equal_runs(tmp_path, undisturbed)
+    figures = read_manifest(f"{tmp_path}/model", "model").figures
+    assert figures["restarts"] == 1
+    assert [event["step"] for event in journal.read_events(f"{tmp_path}/checkpoints", "rejected")] == [newest.step]
+
+
+def test_a_job_that_is_told_to_end_leaves_a_checkpoint(undisturbed: Path, cluster: LocalCluster, tmp_path: Path) -> None:
+    """SIGTERM between two checkpoints: one is made at that step, and the next job goes on from there."""
+    job = start(tmp_path, undisturbed, cluster, checkpoint_interval_steps=25)
+    while not journal.read_events(f"{tmp_path}/checkpoints", "first_step"):
+        assert job.poll() is None
+        time.sleep(0.1)
+    os.kill(job.pid, signal.SIGTERM)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode == stage.STOPPED, said[-3000:]
+    (manifest,) = checkpoint.find_complete(f"{tmp_path}/checkpoints")
+    assert f"stopped after a checkpoint at step {manifest.step}; submit the job again to go on" in said
+    assert 0 < manifest.step < 25
+    said = finish(start(tmp_path, undisturbed, cluster, checkpoint_interval_steps=25))
+    assert f"resuming after step {manifest.step}" in said
+    assert_equal_runs(tmp_path, undisturbed)
+
+
+def test_other_data_or_settings_are_refused(undisturbed: Path, cluster: LocalCluster, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    record = (undisturbed / "checkpoints" / stage.RECORD).read_text()
+    (tmp_path / "checkpoints" / stage.RECORD).write_text(record)
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.005, now 0.001[\s\S]*--overwrite true"):
+        stage.run(TrainConfig.model_validate(config_of(undisturbed, tmp_path, optimizer={"warmup_steps": 2})))
+    write_inputs(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run of other tokens: \w+, now \w+\n"):
+        stage.run(TrainConfig.model_validate(config_of(tmp_path, tmp_path)))
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_diverging_run_is_the_users_to_mend(undisturbed: Path, cluster: LocalCluster, tmp_path: Path) -> None:
-    settings = tmp_path / "train.yaml"
     changes = {"num_steps": 20, "optimizer": {"learning_rate": 1e30, "warmup_steps": 0}}
-    settings.write_text(yaml.safe_dump(config_of(undisturbed, tmp_path, **changes)))
-    command = [sys.executable, "jobs/train_model.py", "--config", str(settings)]
-    environment = os.environ | cluster.environment
-    result = subprocess.run(command, capture_output=True, timeout=300, cwd=ROOT, env=environment, text=True)
-    assert result.returncode == 2, result.stderr[-3000:]
-    assert "lower optimizer.learning_rate or check the data" in result.stderr.splitlines()[-1]
-    assert len(list(tmp_path.glob("checkpoints/*/starts/*"))) == 1  # not retried
+    job = start(tmp_path, undisturbed, cluster, **changes)
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 2, said[-3000:]
+    last = said.splitlines()[-1]
+    assert "there is no checkpoint to go back to; lower optimizer.learning_rate or check the data" in last
+    assert len(journal.read_events(f"{tmp_path}/checkpoints", "started")) == 1  # not retried
     assert not (tmp_path / "model").exists()

@@ -32,13 +32,3 @@ def test_a_step_missing_or_twice_is_noticed() -> None:
     log = [{"step": step, "loss": 1.0, "tokens_per_second": 1.0} for step in (0, 1, 1)]
     with pytest.raises(AssertionError, match="a step is missing or there twice"):
         summarize(log, TrainConfig(num_steps=3), 16)
-
-
-def test_a_list_of_checkpoints_cut_short_is_refused(tmp_path: Path) -> None:
-    _refuse_damaged(str(tmp_path))
-    snapshot = tmp_path / "checkpoint_manager_snapshot.json"
-    snapshot.write_text('{"checkpoint_results": []}')
-    _refuse_damaged(str(tmp_path))
-    snapshot.write_text('{"checkpoint_resu')
-    with pytest.raises(ValueError, match=f"cut short by a kill; delete {tmp_path} to train from the start"):
-        _refuse_damaged(str(tmp_path))

@@ -1,0 +1,117 @@
+"""Model, optimizer and DeepSpeed engine of a worker, from the config: a fresh model or one from a Hugging Face folder.
+
+transformers shards the weights while it makes them, as long as an HfDeepSpeedConfig lives. Weight decay is for
+matrices only. It does not load checkpoints; saver.py does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from app import storage
+from app.training.config import TrainConfig
+from app.training.zero import deepspeed_config
+
+
+def build(config: TrainConfig, shape: Mapping[str, int], world_size: int, use_gpu: bool) -> Any:
+    """The DeepSpeed engine; collective. `shape` holds vocab_size, block_tokens and end_of_text_id.
+
+    Raises ValueError when a model to start from does not fit the tokens.
+    """
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    ds_config = deepspeed_config(config, world_size, use_gpu)
+    keep_alive = HfDeepSpeedConfig(ds_config)
+    torch.manual_seed(config.seed)
+    model = _pretrained(config, shape) if config.init_from_uri else _fresh(config, shape)
+    model.config.use_cache = False
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, config.optimizer.weight_decay),
+        lr=config.optimizer.learning_rate,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        fused=use_gpu and config.offload_optimizer == "none",
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    del keep_alive
+    if config.compile:
+        engine.compile()
+    return engine
+
+
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Random state of python, numpy and torch on all devices as a function of the step, so that none is stored."""
+    import random
+
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+def num_matrix_parameters(model: Any) -> int:
+    """Parameters that a token is multiplied with: all but the input embedding."""
+    embedding = model.get_input_embeddings().weight
+    tied = model.config.tie_word_embeddings
+    return sum(_size(parameter) for parameter in model.parameters() if tied or parameter is not embedding)
+
+
+def _fresh(config: TrainConfig, shape: Mapping[str, int]) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    model = config.model
+    architecture = LlamaConfig(
+        vocab_size=shape["vocab_size"],
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        max_position_embeddings=shape["block_tokens"],
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tie_embeddings,
+        bos_token_id=shape["end_of_text_id"],
+        eos_token_id=shape["end_of_text_id"],
+        attn_implementation=config.attention,
+    )
+    return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
+
+
+def _pretrained(config: TrainConfig, shape: Mapping[str, int]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with storage.local_copy(config.resolve(config.init_from_uri)) as folder:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    for name, needed, has in (
+        ("vocabulary", shape["vocab_size"], model.config.vocab_size),
+        ("context", shape["block_tokens"], model.config.max_position_embeddings),
+    ):
+        if needed > has:
+            raise ValueError(f"init_from_uri: its {name} is {has}, the tokens need {needed}; pack them for this model")
+    return model
+
+
+def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ZeRO-3 leaves a flat shard behind
+        (decayed if is_matrix and "embed" not in name else plain).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,0 +1,175 @@
+"""Between DeepSpeed and the checkpoint folders: copies the state to memory, writes it behind the steps, reads it back.
+
+`begin` makes DeepSpeed save into an engine that keeps copies of the tensors in host memory; a thread serialises,
+checksums and stores them while training goes on, then rank 0 completes the checkpoint and retires old ones. `load`
+gives each rank its own shards; for another number of workers they are converted to a universal checkpoint first
+(Lian et al. 2024, arXiv:2406.18820). The random state is reseeded every step and not stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+
+from app import storage
+from app.training import checkpoint
+from app.training.checkpoint import CheckpointManifest, FileStamp
+
+POLL_SECONDS = 0.05
+
+
+class Saver:
+    """Writes the checkpoints of one worker, one at a time; every rank makes the same calls."""
+
+    def __init__(self, engine: Any, run_uri: str, retire: Callable[[], None]) -> None:
+        """`retire` is called by rank 0 after each complete checkpoint, in the thread that wrote it."""
+        self._engine = engine
+        self._run_uri = run_uri
+        self._retire = retire
+        self._memory = engine.checkpoint_engine = _MemoryEngine()
+        self._rank = engine.global_rank
+        self._thread: threading.Thread | None = None
+        self._left = threading.Event()
+        self.error: Exception | None = None
+        self.completed = 0  # steps of the newest complete checkpoint that this worker knows of; rank 0 knows all
+
+    def begin(self, draft: CheckpointManifest) -> None:
+        """Copy the state and return; collective. Waits first if the checkpoint before is still being written."""
+        self.wait()
+        with tempfile.TemporaryDirectory() as scratch:
+            self._engine.save_checkpoint(scratch, tag=draft.name, save_latest=False)
+            states = self._memory.take(scratch)
+            states |= {path: Path(scratch, path).read_bytes() for path in _swapped_files(scratch)}
+        self._thread = threading.Thread(target=self._write, args=(draft, states), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the part of this worker is stored and, on rank 0, the checkpoint is complete."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def leave(self) -> None:
+        """Give up what is not complete: another worker could not write its part."""
+        self._left.set()
+        self.wait()
+
+    def _write(self, draft: CheckpointManifest, states: dict[str, Any]) -> None:
+        try:
+            uri = f"{checkpoint.folder(self._run_uri)}/{draft.name}"
+            part: dict[str, FileStamp] = {}
+            for path in list(states):
+                with checkpoint.open_stamped(uri, part, path.split("/", 1)[1]) as target:
+                    _serialise(states.pop(path), target)
+            checkpoint.write_part(uri, self._rank, part)
+            while self._rank == 0 and not checkpoint.publish(self._run_uri, draft):
+                if self._left.wait(POLL_SECONDS):
+                    return
+            self.completed = draft.step
+            if self._rank == 0:
+                self._retire()
+        except Exception as error:
+            self.error = error  # the loop asks after every step
+
+
+def load(engine: Any, run_uri: str, manifest: CheckpointManifest) -> None:
+    """Restore weights, optimizer and counters; collective. Raises ValueError when DeepSpeed cannot read them."""
+    world_size = torch.distributed.get_world_size()
+    root = checkpoint.folder(run_uri)
+    is_universal = manifest.world_size != world_size and manifest.zero_stage > 0
+    if not is_universal:
+        _load(engine, root, manifest.name, is_universal=False)
+        return
+    name = f"{manifest.name}-for-{world_size}"
+    if engine.global_rank == 0:
+        _convert(f"{root}/{manifest.name}", f"{root}/{name}")
+    torch.distributed.barrier()
+    _load(engine, root, name, is_universal=True)
+    torch.distributed.barrier()
+    if engine.global_rank == 0:
+        storage.delete(f"{root}/{name}")
+
+
+def _load(engine: Any, root: str, name: str, is_universal: bool) -> None:
+    with storage.local_copy(f"{root}/{name}") as local:
+        engine._config.load_universal_checkpoint = is_universal  # DeepSpeed takes it from the config; it varies here
+        path, _ = engine.load_checkpoint(str(local.parent), tag=local.name)
+    if path is None:
+        raise ValueError(f"{root}/{name}: cannot be resumed from; delete it to use the one before")
+
+
+def _convert(source_uri: str, target_uri: str) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    storage.delete(target_uri)
+    with storage.local_copy(source_uri) as source, tempfile.TemporaryDirectory() as scratch:
+        local = target_uri if "://" not in target_uri else scratch
+        options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+        names = {"input_folder": str(source), "output_folder": local}
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(SimpleNamespace(**names, **options, strict=True, inject_missing_state=True))
+        if local == scratch:
+            storage.upload(Path(scratch), target_uri)
+
+
+class _MemoryEngine(CheckpointEngine):  # type: ignore[misc]
+    """What DeepSpeed saves, as copies in host memory by path; reads files as usual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._states: dict[str, Any] = {}
+
+    def take(self, folder: str) -> dict[str, Any]:
+        """The states saved since the last call, by path below the folder."""
+        taken, self._states = self._states, {}
+        return {os.path.relpath(path, folder): state for path, state in taken.items()}
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Nothing to prepare."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Copy; the tensors change with the next step."""
+        self._states[path] = _copy(state_dict)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Checkpoints hold DeepSpeed's own objects, so they are unpickled: their folder must be yours alone."""
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """The thread commits."""
+        return True
+
+
+def _copy(value: Any) -> Any:
+    """The value with tensors copied to host memory, each with a storage of its own size."""
+    if isinstance(value, torch.Tensor):
+        copy = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format)
+        return copy.copy_(value.detach())
+    if isinstance(value, dict):
+        return type(value)((key, _copy(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_copy(item) for item in value)
+    return value
+
+
+def _serialise(state: Any, target: Any) -> None:
+    if isinstance(state, bytes):
+        target.write(state)
+    else:
+        torch.save(state, target)
+
+
+def _swapped_files(scratch: str) -> list[str]:
+    """Files that DeepSpeed wrote itself: optimizer states kept on NVMe. Its recovery scripts are not wanted."""
+    files = (path for path in Path(scratch).rglob("*") if path.is_file())
+    return [os.path.relpath(path, scratch) for path in files if path.suffix != ".py"]

@@ -1,0 +1,287 @@
+"""A worker's parts and what it does with them beside stepping: start, checkpoint, rewind, report, stop, end.
+
+All ranks make the same calls; where one rank is enough it is rank 0, which writes the journal, the events and the
+telemetry. The order of a step is in loop.py alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Self
+
+import ray.train
+import torch
+
+from app import logs
+from app.training import checkpoint, export, restart, saver
+from app.training.batches import Blocks, open_plan, open_train_blocks
+from app.training.checkpoint import CheckpointManifest
+from app.training.config import TrainConfig
+from app.training.engine import build, num_matrix_parameters
+from app.training.feed import Feed, Share
+from app.training.gathering import Workload
+from app.training.held_out import HeldOut, open_all
+from app.training.journal import Journal, add_event
+from app.training.ledger import Rewind, data_step_of, skipped_windows
+from app.training.meters import CommunicationClock, flops_per_token, measure_communication, peak_flops
+from app.training.sampler import Plan
+from app.training.signals import Signals
+from app.training.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "deepspeed", "transformers", "ray")
+
+
+@dataclass
+class Worker:
+    """One rank of a run; `step` counts the steps that are done."""
+
+    config: TrainConfig
+    run_uri: str
+    use_gpu: bool
+    rank: int
+    world_size: int
+    engine: Any
+    plan: Plan
+    sources: Sequence[Blocks]
+    held_out: dict[str, HeldOut]
+    start: restart.Start
+    work: Workload
+    clock: CommunicationClock | None
+    step: int = 0
+    rewinds: list[Rewind] = field(default_factory=list)
+
+    @classmethod
+    def set_up(cls, job: dict[str, Any]) -> Self:
+        """Join the group, build the engine, restore the newest whole checkpoint; collective."""
+        import deepspeed
+
+        _quiet()
+        config, run_uri, use_gpu = TrainConfig.model_validate(job["config"]), job["run_uri"], job["use_gpu"]
+        context = ray.train.get_context()
+        rank, world_size = context.get_world_rank(), context.get_world_size()
+        deepspeed.ops.__compatible_ops__ = {}  # else g++ builds a shared-memory all-reduce, which only inference calls
+        deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo")
+        sources = open_train_blocks(config)
+        start = restart.choose(run_uri, rank, world_size)
+        shape = job["vocabulary"] | {"block_tokens": sources[0].block_tokens}
+        engine = build(config, shape, world_size, use_gpu)
+        built = time.time()
+        if start.manifest:
+            logger.info("resuming after step %d", start.step)
+            saver.load(engine, run_uri, start.manifest)
+        worker = cls(
+            config, run_uri, use_gpu, rank, world_size, engine, open_plan(config), sources, open_all(config), start,
+            _workload(config, engine.module, sources[0].block_tokens, use_gpu),
+            None if use_gpu else measure_communication(), start.step, list(start.rewinds),
+        )  # fmt: skip
+        worker._begin(job, built)
+        return worker
+
+    def _begin(self, job: dict[str, Any], built: float) -> None:
+        self.saver = saver.Saver(self.engine, self.run_uri, self._retire)
+        self.signals = Signals(self.run_uri, self.rank)
+        self.journal = Journal(self.run_uri, self.step) if self.rank == 0 else None
+        if self.rank == 0:
+            if not self.start.manifest:
+                export.save_architecture(self.engine.module.config, type(self.engine.module).__name__, self.run_uri)
+            add_event(
+                self.run_uri, "started", step=self.step, world_size=self.world_size,
+                import_seconds=job["import_seconds"], setup_seconds=built - job["began"] - job["import_seconds"],
+                load_seconds=time.time() - built, reached=self.start.reached, last_alive=self.start.last_alive,
+            )  # fmt: skip
+        self.telemetry = Telemetry(self.config, self.run_uri, job["run_name"], self.journal, self.step)
+        torch.distributed.barrier()
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """This rank and the number of ranks."""
+        return self.rank, self.world_size
+
+    def open_feed(self, step: int) -> Feed:
+        """The batches of this rank from a step on."""
+        config = self.config
+        accumulation_steps = config.accumulation_steps(self.world_size)
+        share = Share(*self.ranks, config.micro_batch_sequences, accumulation_steps, config.document_masking)
+        windows = skipped_windows(self.rewinds)
+        return Feed(self.sources, self.plan, share, data_step_of(step, self.rewinds), windows)
+
+    def to_device(self, micro_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The model's inputs where it is, [B, T]; in one row of B·T if only so the attention sees the documents."""
+        joined = self.config.document_masking and self.config.attention == "flash_attention_2"
+        return {
+            name: (tensor.view(1, -1) if joined else tensor).to(self.engine.device, non_blocking=True)
+            for name, tensor in micro_batch.items()
+        }
+
+    def recent_losses(self) -> list[float]:
+        """Losses of the steps before, as many as the spike detector looks at; collective."""
+        window = self.config.correction.window_steps
+        lines = self.journal.lines()[-window:] if self.journal else []
+        return restart.broadcast([line["loss"] for line in lines])
+
+    def is_due(self, interval_steps: int) -> bool:
+        """Whether the interval ends at this step, or the run does."""
+        return self.step % interval_steps == 0 or self.step == self.config.num_steps
+
+    def must_checkpoint(self) -> bool:
+        """Whether a checkpoint is due, for itself or to be scored while training goes on."""
+        config = self.config
+        is_scored = config.validation == "async" and self.is_due(config.evaluation_interval_steps)
+        return self.is_due(config.checkpoint_interval_steps) or is_scored
+
+    def checkpoint(self) -> None:
+        """Begin to write one; it is done behind the next steps."""
+        if self.journal:
+            self.journal.flush()
+        self.saver.begin(self._draft(self.step))
+
+    def _draft(self, step: int) -> CheckpointManifest:
+        config = self.config
+        return CheckpointManifest(
+            step=step,
+            attempt=self.start.attempt,
+            world_size=self.world_size,
+            zero_stage=config.zero_stage,
+            fingerprint=self.plan.fingerprint,
+            tokens=step * config.global_batch_sequences * self.sources[0].block_tokens,
+            versions={name: version(name) for name in LIBRARIES},
+            config=config.model_dump(mode="json"),
+        )
+
+    def checkpoint_now(self, why: str) -> None:
+        """Write one, unless this step has it, and wait until it is complete."""
+        if not self.must_checkpoint():
+            logger.info("%s: making a checkpoint at step %d", why, self.step)
+            self.checkpoint()
+        self.saver.wait()
+
+    def keep_scores(self, scores: dict[str, float]) -> None:
+        """Remember the held-out figures of this step: they choose the checkpoint that is exported."""
+        if self.rank == 0 and scores:
+            checkpoint.write_scores(self.run_uri, self.step, scores)
+
+    def report(self, completed: int, values: dict[str, Any]) -> None:
+        """Tell Ray Train of a complete checkpoint, so that a Ray task scores it if that is wished; collective."""
+        metrics = {"step": completed, **{name: value for name, value in values.items() if isinstance(value, float)}}
+        if self.config.validation == "inline" or completed % self.config.evaluation_interval_steps:
+            ray.train.report(metrics)
+            return
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint(f"{checkpoint.folder(self.run_uri)}/{self._draft(completed).name}"),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+            validation=ray.train.ValidationTaskConfig(fn_kwargs={"step": completed}),
+        )
+
+    def rewind(self, reason: str) -> str:
+        """Go back to the newest whole checkpoint and skip the data since; what is wrong if that cannot be done."""
+        self.saver.wait()
+        torch.distributed.barrier()
+        at_step, limit = self.step, self.config.correction.max_rewinds
+        what = f"step {at_step}: {reason}"
+        advice = "lower optimizer.learning_rate or check the data"
+        manifest = restart.choose_checkpoint(self.run_uri, *self.ranks)
+        if manifest is None:
+            return f"{what}; there is no checkpoint to go back to; {advice}"
+        if len(self.rewinds) >= limit:
+            kept = f"the checkpoint of step {manifest.step} is whole"
+            return (
+                f"{what}; rewound {len(self.rewinds)} times already (correction.max_rewinds {limit}); {advice}; {kept}"
+            )
+        self.rewinds.append(Rewind(manifest.step, at_step, reason))
+        if self.journal:
+            logger.warning("%s: back to step %d, its data is skipped", what, manifest.step)
+            add_event(self.run_uri, "rewound", to_step=manifest.step, at_step=at_step, reason=reason)
+            checkpoint.forget_scores(self.run_uri, manifest.step)
+            self.journal.rewind(manifest.step)
+        saver.load(self.engine, self.run_uri, manifest)
+        self.step = manifest.step
+        return ""
+
+    def is_preempted(self) -> bool:
+        """Whether a node of the run is about to be taken away, the first time that it is known; collective."""
+        if self._preempted or ray.train.get_preemption_info() is None:
+            return False
+        self._preempted = True
+        return True
+
+    _preempted = False
+
+    def saving_error(self) -> str:
+        """What kept a rank from writing its part; collective. Raises what is not the user's to mend, to be retried."""
+        self.saver.leave()
+        texts: list[str | None] = [None] * self.world_size
+        error = self.saver.error
+        cause = logs.user_error(error)
+        torch.distributed.all_gather_object(texts, str(cause) if cause else None)
+        if error and not cause:
+            raise error
+        whole = checkpoint.find_complete(self.run_uri)
+        kept = f"the checkpoint of step {whole[0].step} is whole" if whole else "there is none before it"
+        found = next(filter(None, texts), None)
+        if found is None:
+            raise RuntimeError("another worker could not write its part of a checkpoint")
+        return f"checkpoint at step {self.step}: {found}; {kept}"
+
+    def give_up(self, error: str) -> dict[str, Any]:
+        """End without being retried: the user has to mend something."""
+        self._close()
+        return {"step": self.step, "error": error}
+
+    def stop(self) -> dict[str, Any]:
+        """Leave after a checkpoint, as was wished."""
+        self.checkpoint_now("asked to stop")
+        if self.rank == 0:
+            add_event(self.run_uri, "stopped", step=self.step, cause="asked to stop")
+        self._close()
+        return {"step": self.step, "stopped": True}
+
+    def finish(self, reported: int) -> dict[str, Any]:
+        """After the last step: wait for its checkpoint, say that the run is done."""
+        self.saver.wait()
+        torch.distributed.barrier()
+        errors: list[bool] = [False] * self.world_size
+        torch.distributed.all_gather_object(errors, self.saver.error is not None)
+        if any(errors):
+            return self.give_up(self.saving_error())
+        if reported < self.step:
+            self.report(self.step, {})
+        if self.rank == 0:
+            add_event(self.run_uri, "finished", step=self.step)
+        self._close()
+        return {"step": self.step}
+
+    def _close(self) -> None:
+        self.signals.close()
+        self.saver.wait()
+        self.telemetry.finish()
+
+    def _retire(self) -> None:
+        """Keep the newest, the best, and those that are still to be scored."""
+        scores, protected = checkpoint.read_scores(self.run_uri), set[int]()
+        if self.config.export == "best":
+            protected = {checkpoint.best_step(scores)}
+        if self.config.validation == "async":
+            steps = {one.step for one in checkpoint.find_complete(self.run_uri)} - set(scores)
+            protected |= {step for step in steps if step % self.config.evaluation_interval_steps == 0}
+        checkpoint.retire(self.run_uri, self.config.keep_checkpoints, protected)
+
+
+def _workload(config: TrainConfig, model: Any, block_tokens: int, use_gpu: bool) -> Workload:
+    shape = model.config
+    per_token = flops_per_token(num_matrix_parameters(model), shape.num_hidden_layers, shape.hidden_size, block_tokens)
+    return Workload(config.global_batch_sequences * block_tokens, per_token, peak_flops(use_gpu))
+
+
+def _quiet() -> None:
+    logs.configure()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for name in ("DeepSpeed", "ray.train", "transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
