@@ -6,6 +6,8 @@ goes on and exported at the end. The host needs memory for the whole model in fl
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ def load_whole(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) 
     """The transformers model with the checkpoint's weights, on the CPU, in the dtype it is trained in."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     with storage.local_copy(f"{run_uri}/{ARCHITECTURE}") as folder:
         model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     weights = _whole_weights(run_uri, manifest)
@@ -84,4 +88,5 @@ def _whole_weights(run_uri: str, manifest: CheckpointManifest) -> Any:
             return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints bars
+            return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)

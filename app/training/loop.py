@@ -24,7 +24,7 @@ from app.training.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-LOSS, GRAD_NORM, STOP, ASK, FAILED, COMPLETED = range(len(FIELDS), len(FIELDS) + 6)  # columns that this loop exchanges
+LOSS, GRAD_NORM, STOP, TALK, FAILED, COMPLETED = range(len(FIELDS), len(FIELDS) + 6)  # columns that this loop exchanges
 
 
 def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         share = float(loss_sum) / (worker.world_size * len(data.micro_batches))
 
         figures = meter.finish() | gpu_figures() | {"memory_bytes": memory_bytes(worker.use_gpu)}
-        signs = [worker.signals.wants_stop, worker.signals.wants_to_ask(), worker.saver.error is not None]
+        signs = [worker.signals.wants_stop, worker.signals.wants_to_talk(), worker.saver.error is not None]
         mine = [*rank_row(figures), share, float(engine.get_global_grad_norm()), *signs, worker.saver.completed]
         rows, digests = exchange(mine, data.rows_digest, device)
         loss_mean, grad_norm = float(rows[:, LOSS].sum()), float(rows[0, GRAD_NORM])
@@ -89,11 +89,12 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         if worker.must_checkpoint():
             with meter.part("checkpoint"):
                 worker.checkpoint()
-        if (completed := int(rows[0, COMPLETED])) > reported:
-            reported = completed
-            worker.report(completed, values)
-        if rows[0, ASK] and worker.is_preempted():
-            worker.checkpoint_now("a node is being taken away")
+        if rows[0, TALK]:
+            if (completed := int(rows[0, COMPLETED])) > reported:
+                reported = completed
+                worker.report(completed, values)
+            if worker.is_preempted():
+                worker.checkpoint_now("a node is being taken away")
         if rows[0, STOP]:
             return worker.stop()
 

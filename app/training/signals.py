@@ -1,7 +1,7 @@
 """Wishes from outside a step: stop after a checkpoint, or look whether a node is about to be taken away.
 
 The job that is told to end (SIGTERM) leaves a stop file in the run's folder; a thread of rank 0 looks for it, so that
-no step waits for storage. Ray Train knows of nodes that are drained; asking it is collective, so rank 0 says when.
+no step waits for storage. Ray Train knows of nodes that are drained; talking to it is collective, so rank 0 says when.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from app import storage
 
 STOP = "stop"
 LOOK_SECONDS = 0.5
-ASK_SECONDS = 5.0  # between questions to Ray Train, which take some milliseconds
+TALK_SECONDS = 5.0  # between reports to Ray Train: its controller takes one every 2 s, and a second one waits for it
 
 
 class Signals:
@@ -22,7 +22,7 @@ class Signals:
     def __init__(self, run_uri: str, rank: int) -> None:
         self._uri = f"{run_uri}/{STOP}"
         self._stop, self._closed = threading.Event(), threading.Event()
-        self._asked = time.monotonic()
+        self._talked = time.monotonic()
         self._speaks = rank == 0
         if self._speaks:
             threading.Thread(target=self._look, name="signals", daemon=True).start()
@@ -32,11 +32,11 @@ class Signals:
         """Whether the run is to end after a checkpoint."""
         return self._stop.is_set()
 
-    def wants_to_ask(self) -> bool:
-        """Whether it is time to ask Ray Train for preemptions; true once each ASK_SECONDS."""
-        due = self._speaks and time.monotonic() - self._asked > ASK_SECONDS
+    def wants_to_talk(self) -> bool:
+        """Whether it is time to talk to Ray Train; true once each TALK_SECONDS."""
+        due = self._speaks and time.monotonic() - self._talked > TALK_SECONDS
         if due:
-            self._asked = time.monotonic()
+            self._talked = time.monotonic()
         return due
 
     def close(self) -> None:

@@ -180,9 +180,10 @@ class _Failures(ray.train.UserCallback):  # type: ignore[misc]
         self._run_uri = run_uri
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
-        error = next(iter(worker_exceptions.values()))
-        journal.add_event(self._run_uri, "failed", cause=f"rank {ranks}: {str(error).strip().splitlines()[-1][:200]}")
+        first = min(worker_exceptions, key=lambda rank: ("Connection" in str(worker_exceptions[rank]), rank))
+        error = worker_exceptions[first]  # the others of the group only lost their connection to it
+        said = str(error).strip().splitlines() or [""]
+        journal.add_event(self._run_uri, "failed", cause=f"rank {first}: {type(error).__name__}: {said[0][:200]}")
 
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:

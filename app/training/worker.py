@@ -269,8 +269,8 @@ class Worker:
         if self.config.export == "best":
             protected = {checkpoint.best_step(scores)}
         if self.config.validation == "async":
-            steps = {one.step for one in checkpoint.find_complete(self.run_uri)} - set(scores)
-            protected |= {step for step in steps if step % self.config.evaluation_interval_steps == 0}
+            newer = {one.step for one in checkpoint.find_complete(self.run_uri) if one.step > max(scores, default=0)}
+            protected |= {step for step in newer if step % self.config.evaluation_interval_steps == 0}
         checkpoint.retire(self.run_uri, self.config.keep_checkpoints, protected)
 
 
@@ -283,5 +283,6 @@ def _workload(config: TrainConfig, model: Any, block_tokens: int, use_gpu: bool)
 def _quiet() -> None:
     logs.configure()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    for name in ("DeepSpeed", "ray.train", "transformers"):
+    by_file = [name for name in logging.root.manager.loggerDict if "/ray/train/" in name]  # Ray names some so
+    for name in ("DeepSpeed", "ray.train", "transformers", *by_file):
         logging.getLogger(name).setLevel(logging.WARNING)

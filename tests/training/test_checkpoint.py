@@ -37,7 +37,7 @@ def draft_of(step: int, attempt: int = 1) -> CheckpointManifest:
     return CheckpointManifest(
         step=step,
         attempt=attempt,
-        world_size=world_size,
+        world_size=2,
         zero_stage=3,
         fingerprint="f",
         tokens=0,

@@ -3,21 +3,18 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from app.artifacts import read_manifest
 from app.cluster import LocalCluster
 from app.training import checkpoint, journal, stage
 from app.training.config import TrainConfig
-from tests.training.tiny import BLOCK_TOKENS, HELD_OUT_BYTES, VOCAB_SIZE, config_of, log_of, trajectory, write_inputs
+from tests.training.runs import assert_equal_runs, finish, start, wait_for_checkpoint
+from tests.training.tiny import BLOCK_TOKENS, HELD_OUT_BYTES, VOCAB_SIZE, config_of, log_of, write_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,38 +26,6 @@ def undisturbed(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory)
     write_inputs(root)
     stage.run(TrainConfig.model_validate(config_of(root, root)))
     return root
-
-
-def start(root: Path, inputs: Path, cluster: LocalCluster, **changes: Any) -> subprocess.Popen[str]:
-    """The training job as a process of its own."""
-    settings = root / "train.yaml"
-    settings.write_text(yaml.safe_dump(config_of(inputs, root, **changes)))
-    command = [sys.executable, "jobs/train_model.py", "--config", str(settings)]
-    environment = os.environ | cluster.environment
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-
-
-def wait_for_checkpoint(root: Path, job: subprocess.Popen[str], step: int) -> None:
-    """Until a checkpoint of that step or a later one is complete."""
-    deadline = time.monotonic() + 240
-    while not any(manifest.step >= step for manifest in checkpoint.find_complete(f"{root}/checkpoints")):
-        assert job.poll() is None, "the job ended before"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def finish(job: subprocess.Popen[str]) -> str:
-    """What a job that must succeed says on stderr."""
-    _, said = job.communicate(timeout=300)
-    assert job.returncode == 0, said[-3000:]
-    return said
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    assert trajectory(one) == trajectory(other)
-    assert (one / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()
 
 
 def test_the_model_scores_what_the_trainer_reported(undisturbed: Path) -> None:
@@ -93,7 +58,7 @@ def test_a_killed_job_submitted_again_changes_nothing(undisturbed: Path, cluster
     assert not (tmp_path / "model" / "manifest.json").exists()
     newest, *_ = checkpoint.find_complete(f"{tmp_path}/checkpoints")
     folder = tmp_path / "checkpoints" / "checkpoints" / newest.name
-    shard = folder / list(newest.parts[1])[0]
+    shard = folder / next(iter(newest.parts[1]))
     shard.write_bytes(shard.read_bytes()[:-1])
     half_written = folder.with_name("step-00000055-0001")
     half_written.mkdir()
@@ -107,7 +72,9 @@ def test_a_killed_job_submitted_again_changes_nothing(undisturbed: Path, cluster
     assert [event["step"] for event in journal.read_events(f"{tmp_path}/checkpoints", "rejected")] == [newest.step]
 
 
-def test_a_job_that_is_told_to_end_leaves_a_checkpoint(undisturbed: Path, cluster: LocalCluster, tmp_path: Path) -> None:
+def test_a_job_that_is_told_to_end_leaves_a_checkpoint(
+    undisturbed: Path, cluster: LocalCluster, tmp_path: Path
+) -> None:
     """SIGTERM between two checkpoints: one is made at that step, and the next job goes on from there."""
     job = start(tmp_path, undisturbed, cluster, checkpoint_interval_steps=25)
     while not journal.read_events(f"{tmp_path}/checkpoints", "first_step"):
@@ -128,8 +95,9 @@ def test_other_data_or_settings_are_refused(undisturbed: Path, cluster: LocalClu
     (tmp_path / "checkpoints").mkdir()
     record = (undisturbed / "checkpoints" / stage.RECORD).read_text()
     (tmp_path / "checkpoints" / stage.RECORD).write_text(record)
+    other = TrainConfig.model_validate(config_of(undisturbed, tmp_path, optimizer={"warmup_steps": 2}))
     with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.005, now 0.001[\s\S]*--overwrite true"):
-        stage.run(TrainConfig.model_validate(config_of(undisturbed, tmp_path, optimizer={"warmup_steps": 2})))
+        stage.run(other)
     write_inputs(tmp_path)
     with pytest.raises(ValueError, match=r"holds a run of other tokens: \w+, now \w+\n"):
         stage.run(TrainConfig.model_validate(config_of(tmp_path, tmp_path)))

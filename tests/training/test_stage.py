@@ -4,7 +4,7 @@ import pytest
 
 from app.artifacts import Input, Manifest
 from app.training.config import TrainConfig
-from app.training.stage import _refuse_damaged, run_identity, summarize
+from app.training.stage import RECORD, open_run, summarize
 
 
 def draft(digest: str = "a", **settings: object) -> Manifest:
@@ -12,20 +12,36 @@ def draft(digest: str = "a", **settings: object) -> Manifest:
     return Manifest.draft("model", "/model", config, {"tokens": Input(uri="/tokens", digest=digest)})
 
 
-def test_a_run_is_resumed_only_with_the_same_settings_and_data() -> None:
-    same = run_identity(draft())
-    assert run_identity(draft(storage_uri="/elsewhere", max_failures=9, wandb_mode="disabled")) == same
-    others = [draft("b"), draft(seed=1), draft(num_steps=5), draft(**{"optimizer": {"learning_rate": 1e-4}})]
-    assert len({same, *map(run_identity, others)}) == 5
+def test_a_run_is_resumed_only_with_the_same_settings_and_data(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    name = open_run(run, draft(), overwrite=False)
+    assert open_run(run, draft(storage_uri="/elsewhere", max_failures=9, num_workers=1), overwrite=False) == name
+    for other, said in (
+        (draft("b"), "holds a run of other tokens: a, now b"),
+        (draft(seed=1), "holds a run with seed: 0, now 1"),
+        (draft(optimizer={"learning_rate": 1e-4}), "holds a run with optimizer.learning_rate: 0.001, now 0.0001"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            open_run(run, other, overwrite=False)
+    (tmp_path / "checkpoints").mkdir()
+    assert open_run(run, draft(seed=1), overwrite=True) != name
+    assert [path.name for path in tmp_path.iterdir()] == [RECORD]
+
+
+def test_a_record_of_ray_cut_short_is_forgotten(tmp_path: Path) -> None:
+    open_run(str(tmp_path), draft(), overwrite=False)
+    (tmp_path / "ray").mkdir()
+    for name, content in (("checkpoint_manager_snapshot.json", '{"checkpoint_resu'), ("other_snapshot.json", "{}")):
+        (tmp_path / "ray" / name).write_text(content)
+    open_run(str(tmp_path), draft(), overwrite=False)
+    assert [path.name for path in (tmp_path / "ray").iterdir()] == ["other_snapshot.json"]
 
 
 def test_figures_of_a_log() -> None:
     log = [{"step": step, "loss": 8 - step / 10, "tokens_per_second": 100.0 + step} for step in range(20)]
-    log[-1]["held_out_bits_per_byte"] = 2.5
     figures = summarize(log, TrainConfig(num_steps=20, global_batch_sequences=16), block_tokens=16)
     assert figures["train_loss"] == pytest.approx((6.2 + 6.1) / 2)
     assert figures["tokens"] == 20 * 16 * 16
-    assert figures["held_out_bits_per_byte"] == 2.5
 
 
 def test_a_step_missing_or_twice_is_noticed() -> None:

@@ -1,0 +1,105 @@
+"""transformers' Trainer with DeepSpeed: the same model, tokens, order and DeepSpeed config.
+
+Arguments: OUTPUT SETTINGS WARM_UP. It logs, saves and evaluates nothing while it is measured. The learning rate stays at its peak.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import yaml
+from competitors import demo_training
+from competitors.torchrun_deepspeed import shape_of
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback, TrainingArguments
+
+from app.training.batches import open_plan, open_train_blocks
+from app.training.config import TrainConfig
+from app.training.sampler import rows_of_step
+from app.training.zero import deepspeed_config
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Seconds from the end of the warm-up to the end of the last step."""
+
+    def __init__(self, warm_up: int) -> None:
+        self._warm_up = warm_up
+        self._began = self.seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        now = time.perf_counter()
+        if state.global_step == self._warm_up:
+            self._began = now
+        self.seconds = now - self._began
+
+
+def arguments(config: TrainConfig, output: Path, world_size: int) -> TrainingArguments:
+    """Trainer's settings, the same as ours where it has them."""
+    optimizer = config.optimizer
+    return TrainingArguments(
+        output_dir=str(output),
+        use_cpu=True,
+        deepspeed=deepspeed_config(config, world_size, use_gpu=False),
+        max_steps=config.num_steps,
+        per_device_train_batch_size=config.micro_batch_sequences,
+        gradient_accumulation_steps=config.accumulation_steps(world_size),
+        train_sampling_strategy="sequential",
+        optim="adamw_torch",
+        learning_rate=optimizer.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        max_grad_norm=optimizer.gradient_clipping,
+        seed=config.seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def model_of(config: TrainConfig) -> Any:
+    """The model that ours builds; Trainer's arguments come first: they shard it."""
+    model, shape = config.model, shape_of(config)
+    architecture = LlamaConfig(
+        vocab_size=shape["vocab_size"],
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        max_position_embeddings=shape["block_tokens"],
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tie_embeddings,
+        attn_implementation=config.attention,
+        use_cache=False,
+    )
+    torch.manual_seed(config.seed)
+    return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+
+
+def dataset_of(config: TrainConfig) -> list[dict[str, torch.Tensor]]:
+    """The rows of all steps in order: Trainer deals them to the ranks as our sampler does."""
+    (blocks,), plan = open_train_blocks(config), open_plan(config)
+    rows = [int(row) for step in range(config.num_steps) for row in rows_of_step(plan, step)]
+    return [{"input_ids": ids, "labels": ids} for ids in map(torch.from_numpy, blocks.input_ids[rows].astype("int64"))]
+
+
+def main() -> None:
+    output, settings, warm_up = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    config = TrainConfig.model_validate(yaml.safe_load(settings.read_text()))
+    deepspeed.ops.__compatible_ops__ = {}  # builds no C++ that only inference calls
+    trainer_arguments = arguments(config, output, config.num_workers)
+    clock = Clock(warm_up)
+    trainer = Trainer(model_of(config), trainer_arguments, train_dataset=dataset_of(config), callbacks=[clock])
+    loss = trainer.train().training_loss
+    demo_training.answer(output, {"seconds": clock.seconds, "loss": loss})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Tokens per second of the demo's model on two ranks: ours on Ray Train beside the bare loop and transformers' Trainer.
+
+All four do the same steps on the same DeepSpeed config, which their losses show; ours runs with and without
+checkpoints. The clock runs from the end of the warm-up to the end of the last step. Ray is up for our runs only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from competitors import demo_training
+
+from app.artifacts import read_manifest
+from app.training import journal
+from app.training.config import TrainConfig
+
+WARM_UP, STEPS, CHECKPOINT_STEPS = 10, 60, 20
+OURS, CHECKPOINTS, BARE, TRAINER = "zero-to-one", "with checkpoints", "torchrun + DeepSpeed", "Trainer + DeepSpeed"
+SCRIPTS = {BARE: "torchrun_deepspeed.py", TRAINER: "hf_trainer.py"}
+AIM_BARE, AIM_LOST = 0.98, 0.02
+CONSTANT_RATE = {"learning_rate": 3e-4, "warmup_steps": 0, "final_learning_rate_ratio": 1.0, "weight_decay": 0.0}
+
+
+def settings(folder: Path, name: str, checkpoint_steps: int) -> TrainConfig:
+    """The demo's settings, changed so that all tools can do the same; evaluation comes after the last step."""
+    return demo_training.settings_of(
+        folder, folder / "output" / name.replace(" ", "-"), optimizer=CONSTANT_RATE, num_workers=2, zero_stage=3,
+        num_steps=WARM_UP + STEPS, checkpoint_interval_steps=checkpoint_steps, evaluation_interval_steps=10**6,
+    )  # fmt: skip
+
+
+def run_ours(folder: Path, name: str, checkpoint_steps: int) -> dict[str, float]:
+    """A job on a Ray cluster of its own; its figures from the journal. `lost` is the share of data and checkpoints."""
+    config = settings(folder, name, checkpoint_steps)
+    with demo_training.cluster(folder / "cluster") as running:
+        demo_training.finish(demo_training.submit(config, running), config)
+    lines = journal.read_log(config.resolve(config.checkpoints_uri))
+    measured = lines[WARM_UP:]
+    assert len(measured) == STEPS
+    seconds = sum(line["step_seconds"] for line in measured)
+    lost = sum(line["data_seconds"] + line["checkpoint_seconds"] for line in measured) / seconds
+    return {"seconds": seconds, "loss": statistics.fmean(line["loss"] for line in lines), "lost": lost}
+
+
+def run_other(folder: Path, name: str) -> dict[str, float]:
+    """A competitor under torchrun; the slower rank's seconds."""
+    config = settings(folder, name, WARM_UP + STEPS)
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    script = demo_training.SCRIPTS / SCRIPTS[name]
+    ranks = demo_training.torchrun(script, Path(config.storage_uri), config.num_workers, str(path), str(WARM_UP))
+    seconds = max(rank["seconds"] for rank in ranks)
+    return {"seconds": seconds, "loss": statistics.fmean(rank["loss"] for rank in ranks)}
+
+
+def measure(given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Every tool `--runs` times, in turn."""
+    folder = given.folder
+    tools: dict[str, Callable[[], dict[str, float]]] = {
+        OURS: lambda: run_ours(folder, OURS, 10**6),
+        BARE: lambda: run_other(folder, BARE),
+        CHECKPOINTS: lambda: run_ours(folder, CHECKPOINTS, CHECKPOINT_STEPS),
+        TRAINER: lambda: run_other(folder, TRAINER),
+    }
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for round_number in range(given.runs):
+        for name, run in tools.items():
+            found[name].append(run())
+            print(f"  round {round_number + 1}: {name} {found[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    given = demo_training.arguments(__doc__, "training-throughput")
+    config = settings(given.folder, OURS, 10**6)
+    block_tokens = read_manifest(config.tokens_uri, "tokens").config["block_tokens"]
+    tokens = STEPS * config.global_batch_sequences * block_tokens
+    found = measure(given)
+    median = {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
+    }
+    print(f"{STEPS} steps of {config.global_batch_sequences} blocks of {block_tokens} tokens, {config.num_workers} ranks, "
+          f"{os.cpu_count()} cores, medians of {given.runs}")  # fmt: skip
+    print(f"{'':24} {'seconds':>9} {'tokens/s':>9} {'mean loss':>10}")
+    for name, figures in median.items():
+        print(f"{name:24} {figures['seconds']:9.1f} {tokens / figures['seconds']:9.0f} {figures['loss']:10.4f}")
+    ours, checkpoints = median[OURS]["seconds"], median[CHECKPOINTS]["seconds"]
+    print(f"share of the steps' time waiting for data and in checkpoints, one every {CHECKPOINT_STEPS} steps: "
+          f"{median[CHECKPOINTS]['lost']:.1%} (aim: below {AIM_LOST:.0%})")  # fmt: skip
+    print(f"with checkpoints / without: {ours / checkpoints:.3f}")
+    print(f"zero-to-one / {TRAINER}: {median[TRAINER]['seconds'] / ours:.3f}")
+    print(f"zero-to-one / {BARE}: {median[BARE]['seconds'] / ours:.3f} (aim {AIM_BARE})")
+
+
+if __name__ == "__main__":
+    main()

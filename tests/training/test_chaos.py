@@ -1,0 +1,108 @@
+"""A run that is killed again and again, at any moment, ends with the weights and the ledger of the undisturbed one."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from app.artifacts import read_manifest
+from app.cluster import LocalCluster
+from app.training import checkpoint, journal, stage
+from app.training.config import TrainConfig
+from tests.training.runs import assert_equal_runs, find_workers, finish, start
+from tests.training.tiny import config_of, write_inputs
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+CHANGES = {"num_steps": 500, "checkpoint_interval_steps": 5, "evaluation_interval_steps": 100, "max_failures": -1}
+PLAN = ["anywhere", "writing", "restoring", "writing", "driver"] * 4
+SECONDS = 60  # to wait for a moment to come
+
+
+def is_writing(run: Path) -> bool:
+    """Whether a checkpoint is begun and not complete."""
+    complete = {manifest.name for manifest in checkpoint.find_complete(str(run))}
+    folder = run / "checkpoints"
+    return folder.exists() and bool({path.name for path in folder.iterdir()} - complete)
+
+
+def is_stepping(run: Path) -> bool:
+    """Whether the newest attempt has done a step."""
+    kinds = [
+        event["kind"] for event in journal.read_events(str(run)) if event["kind"] in ("started", "first_step", "failed")
+    ]
+    return kinds[-1:] == ["first_step"]
+
+
+class Killer:
+    """Kills workers and jobs of one run; counts what they were doing."""
+
+    def __init__(self, root: Path, inputs: Path, cluster: LocalCluster) -> None:
+        self.root, self.inputs, self.cluster = root, inputs, cluster
+        self.run = root / "checkpoints"
+        self.random = random.Random(4)
+        self.kills: Counter[str] = Counter()
+        self.job = self.submit()
+
+    def submit(self) -> subprocess.Popen[str]:
+        return start(self.root, self.inputs, self.cluster, **CHANGES)
+
+    def wait(self, moment: str) -> list[psutil.Process]:
+        """The workers, when the moment has come."""
+        old = {process.pid for process in find_workers(self.cluster)} if moment == "restoring" else set()
+        self.until(lambda: any(worker.pid not in old for worker in find_workers(self.cluster)))
+        if moment == "restoring":
+            time.sleep(self.random.uniform(3, 9))  # imports, set-up, load
+        elif moment == "anywhere":
+            time.sleep(self.random.uniform(0, 15))
+        else:
+            self.until(lambda: is_stepping(self.run) and (moment == "driver" or is_writing(self.run)))
+        return find_workers(self.cluster)
+
+    def until(self, has_come: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not has_come():
+            assert time.monotonic() < deadline
+            assert self.job.poll() is None
+            time.sleep(0.005)
+
+    def kill(self, moment: str) -> None:
+        workers = self.wait(moment)
+        doing = "writing" if is_writing(self.run) else "stepping" if is_stepping(self.run) else "starting"
+        try:
+            victim = psutil.Process(self.job.pid) if moment == "driver" else self.random.choice(workers)
+            victim.send_signal(signal.SIGKILL)
+        except (psutil.NoSuchProcess, IndexError):
+            return  # they went with the group of the kill before
+        self.kills[doing] += 1
+        if moment == "driver":
+            self.job.wait()
+            self.kills["driver"] += 1
+            self.job = self.submit()
+
+
+def test_twenty_kills_change_nothing(cluster: LocalCluster, tmp_path: Path) -> None:
+    calm, wild = tmp_path / "calm", tmp_path / "wild"
+    write_inputs(calm)
+    wild.mkdir()
+    stage.run(TrainConfig.model_validate(config_of(calm, calm, **CHANGES)))
+    killer = Killer(wild, calm, cluster)
+    for moment in PLAN:
+        killer.kill(moment)
+    while killer.kills.total() - killer.kills["driver"] < len(PLAN):
+        killer.kill("anywhere")
+    finish(killer.job)
+    assert killer.kills["writing"] >= 5
+    assert killer.kills["starting"] >= 2
+    assert killer.kills["driver"] == 4
+    assert_equal_runs(wild, calm)
+    figures = read_manifest(f"{wild}/model", "model").figures
+    assert figures["skipped_sequences"] == 0
+    assert int(str(figures["restarts"])) >= 5  # attempts that were killed before their first step are not counted
