@@ -31,16 +31,15 @@ TRAIN_BLOCKS, HELD_OUT_BLOCKS = 512, 8
 FARTHEST = 3  # from a token to the next in a walk
 RAY_CPUS = 4  # two workers, the controller, the export
 LOG = "log.txt"
-THREADS = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "1", "OMP_NUM_THREADS": "1"}  # CPU_ENVIRONMENT of the stage
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def arguments(description: str | None, folder: str) -> argparse.Namespace:
+def arguments(description: str | None, folder: str, runs: int = 3) -> argparse.Namespace:
     """The command line of a benchmark of training."""
     parser = argparse.ArgumentParser(description=description)
     default = Path.home() / ".cache" / "zero-to-one-benchmarks" / folder
     parser.add_argument("--folder", type=Path, default=default, help="inputs and outputs")
-    parser.add_argument("--runs", type=int, default=3, help="rounds; medians are printed")
+    parser.add_argument("--runs", type=int, default=runs, help="rounds; medians are printed")
     return parser.parse_args()
 
 
@@ -119,15 +118,22 @@ def torchrun(script: Path, output: Path, num_processes: int, *options: str) -> l
 
     Raises RuntimeError with the end of the log when it fails.
     """
+    from app.training.stage import CPU_ENVIRONMENT  # takes Ray with it, which the ranks are free of
+
     _empty(output)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--nproc-per-node={num_processes}", str(script), str(output), *options]
-    environment = os.environ | THREADS | OFFLINE | {"PYTHONPATH": f"{ROOT}:{SCRIPTS.parent}"}
+    environment = os.environ | CPU_ENVIRONMENT | OFFLINE | {"PYTHONPATH": f"{ROOT}:{SCRIPTS.parent}"}
     with (output / LOG).open("w") as log:
         process = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     if process.returncode:
         raise RuntimeError(f"{script.name} failed ({process.returncode}):\n{_tail(output)}")
     return [json.loads((output / f"rank-{rank}.json").read_text()) for rank in range(num_processes)]
+
+
+def is_rank() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def answer(output: Path, figures: dict[str, Any]) -> None:

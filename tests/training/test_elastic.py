@@ -15,7 +15,7 @@ import pytest
 from app.artifacts import read_manifest
 from app.cluster import LocalCluster, LocalClusterConfig, start_local, stop_local
 from app.training import checkpoint, journal
-from tests.training.runs import finish, start
+from tests.training.runs import ROOT, finish, start
 from tests.training.tiny import log_of, write_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -39,13 +39,10 @@ def small_cluster(tmp_path: Path) -> Iterator[LocalCluster]:
 
 def add_node(cluster: LocalCluster) -> subprocess.Popen[bytes]:
     """A second raylet with room for one worker."""
-    options = ["--address", cluster.address, "--node-ip-address", "127.0.0.1", "--num-cpus", "1", "--block"]
-    options += ["--object-store-memory", str(100 << 20), "--disable-usage-stats"]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
+    command = [sys.executable, "-m", "tests.training.second_node", cluster.address]
     with (cluster.folder / "node.log").open("ab") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | cluster.environment, start_new_session=True
-        )
+        environment = os.environ | cluster.environment
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
 def remove_node(node: subprocess.Popen[bytes]) -> None:
