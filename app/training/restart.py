@@ -68,6 +68,14 @@ def choose_checkpoint(run_uri: str, rank: int, world_size: int) -> CheckpointMan
     return None
 
 
+def drop_suspect(run_uri: str, step: int) -> None:
+    """Remove the newest checkpoint if it is of that step and there is an older one: going back to it did not help."""
+    complete = checkpoint.find_complete(run_uri)
+    if len(complete) > 1 and complete[0].step == step:
+        logger.warning("step %d was gone back to before: now to step %d", step, complete[1].step)
+        storage.delete(f"{checkpoint.folder(run_uri)}/{complete[0].name}")
+
+
 def _last_sign(run_uri: str) -> tuple[int, float]:
     uri = f"{run_uri}/{journal.HEARTBEAT}"
     if not storage.exists(uri):

@@ -103,9 +103,29 @@ def load(engine: Any, run_uri: str, manifest: CheckpointManifest) -> None:
 def _load(engine: Any, root: str, name: str, is_universal: bool) -> None:
     with storage.local_copy(f"{root}/{name}") as local:
         engine._config.load_universal_checkpoint = is_universal  # DeepSpeed takes it from the config; it varies here
+        groups = [_settings(group) for group in engine.optimizer.param_groups]
         path, _ = engine.load_checkpoint(str(local.parent), tag=local.name)
     if path is None:
         raise ValueError(f"{root}/{name}: cannot be resumed from; delete it to use the one before")
+    if is_universal:
+        _separate_groups(engine.optimizer, groups)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _separate_groups(optimizer: Any, groups: list[dict[str, Any]]) -> None:
+    """Mend what DeepSpeed 0.19.8 loads from a universal checkpoint under ZeRO-3.
+
+    It gives every parameter group the settings of the first, so that all weights decay, and all groups one tensor that
+    counts steps, so that each of them counts for the others.
+    """
+    for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+    for state in optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _convert(source_uri: str, target_uri: str) -> None:

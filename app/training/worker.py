@@ -187,6 +187,8 @@ class Worker:
         at_step, limit = self.step, self.config.correction.max_rewinds
         what = f"step {at_step}: {reason}"
         advice = "lower optimizer.learning_rate or check the data"
+        if self.rank == 0 and self.rewinds and limit > len(self.rewinds):
+            restart.drop_suspect(self.run_uri, self.rewinds[-1].to_step)
         manifest = restart.choose_checkpoint(self.run_uri, *self.ranks)
         if manifest is None:
             return f"{what}; there is no checkpoint to go back to; {advice}"

@@ -152,3 +152,17 @@ def test_writers_killed_at_random_moments_leave_whole_checkpoints_only(tmp_path:
         assert checkpoint.find_complete(str(tmp_path)) == complete
     assert newest > 2
     json.loads((tmp_path / "checkpoints" / complete[0].name / checkpoint.MANIFEST_NAME).read_text())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_did_not_help_is_dropped_if_there_is_an_older_one(tmp_path: Path) -> None:
+    from app.training.restart import drop_suspect  # imports torch
+
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+    drop_suspect(str(tmp_path), 10)
+    assert steps(tmp_path) == [20, 10]
+    drop_suspect(str(tmp_path), 20)
+    assert steps(tmp_path) == [10]
+    drop_suspect(str(tmp_path), 10)
+    assert steps(tmp_path) == [10]

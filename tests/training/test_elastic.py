@@ -20,7 +20,7 @@ from tests.training.tiny import log_of, write_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CHANGES = {
-    "num_steps": 600,
+    "num_steps": 500,
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
     "min_workers": 1,
     "resize_check_seconds": 2,
@@ -29,10 +29,15 @@ CHANGES = {
 }
 
 
+NOTICES_SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}  # that a node is dead
+
+
 @pytest.fixture
-def small_cluster(tmp_path: Path) -> Iterator[LocalCluster]:
+def small_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
     """A cluster of its own, whose head has room for one worker; this process is not connected to it."""
     folder = tmp_path / "cluster"
+    for name, value in NOTICES_SOON.items():
+        monkeypatch.setenv(name, value)
     yield start_local(LocalClusterConfig(folder=str(folder), num_cpus=1))
     stop_local(folder)
 
