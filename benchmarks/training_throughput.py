@@ -87,14 +87,14 @@ def main() -> None:
     median = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
     }
-    print(f"{STEPS} steps of {config.global_batch_sequences} blocks of {block_tokens} tokens, {config.num_workers} ranks, "
-          f"{os.cpu_count()} cores, medians of {given.runs}")  # fmt: skip
+    work = f"{STEPS} steps of {config.global_batch_sequences} blocks of {block_tokens} tokens"
+    print(f"{work}, {config.num_workers} ranks, {os.cpu_count()} cores, medians of {given.runs}")
     print(f"{'':24} {'seconds':>9} {'tokens/s':>9} {'mean loss':>10}")
     for name, figures in median.items():
         print(f"{name:24} {figures['seconds']:9.1f} {tokens / figures['seconds']:9.0f} {figures['loss']:10.4f}")
     ours, checkpoints = median[OURS]["seconds"], median[CHECKPOINTS]["seconds"]
-    print(f"share of the steps' time waiting for data and in checkpoints, one every {CHECKPOINT_STEPS} steps: "
-          f"{median[CHECKPOINTS]['lost']:.1%} (aim: below {AIM_LOST:.0%})")  # fmt: skip
+    lost = f"{median[CHECKPOINTS]['lost']:.2%} (aim: below {AIM_LOST:.0%})"
+    print(f"waiting for data and in checkpoints, one every {CHECKPOINT_STEPS} steps: {lost} of the steps' time")
     print(f"with checkpoints / without: {ours / checkpoints:.3f}")
     print(f"zero-to-one / {TRAINER}: {median[TRAINER]['seconds'] / ours:.3f}")
     print(f"zero-to-one / {BARE}: {median[BARE]['seconds'] / ours:.3f} (aim {AIM_BARE})")

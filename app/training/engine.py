@@ -40,9 +40,21 @@ def build(config: TrainConfig, shape: Mapping[str, int], world_size: int, use_gp
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     del keep_alive
+    if config.zero_stage == 0:
+        _clip_plain_gradients(engine)
     if config.compile:
         engine.compile()
     return engine
+
+
+def _clip_plain_gradients(engine: Any) -> None:
+    """Without ZeRO DeepSpeed clips float32 gradients too, but forgets their norm."""
+
+    def clip() -> None:
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+        engine._global_grad_norm = float(norm)
+
+    engine.clip_fp32_gradients = clip
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:

@@ -41,6 +41,7 @@ CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 RECORD = "run.json"  # settings and data of the run that a folder holds
+RAY_RECORD = "checkpoint_manager_snapshot.json"
 STOPPED = 143  # exit code after SIGTERM
 _HOW_NOT_WHAT = {  # settings that a run may go on with when they have changed
     "storage_uri", "overwrite", "tokens_uri", "tokenizer_uri", "checkpoints_uri", "output_uri", "num_workers",
@@ -114,7 +115,7 @@ def open_run(run_uri: str, draft: Manifest, overwrite: bool) -> str:
             found = json.load(file)
         if found["settings"] == settings and found["data"] == data:
             signals.forget_stop(run_uri)
-            _forget_damaged_snapshots(run_uri)
+            _forget_damaged_snapshot(run_uri)
             return str(found["name"])
         if not overwrite:
             raise ValueError(_difference(run_uri, found, record))
@@ -145,14 +146,16 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _forget_damaged_snapshots(run_uri: str) -> None:
+def _forget_damaged_snapshot(run_uri: str) -> None:
     """Ray Train rewrites its own record in place, so a kill can cut it short; nothing of ours is in it."""
-    for path in storage.list_files(f"{run_uri}/ray", "snapshot.json"):
-        try:
-            with storage.open_file(path) as file:
-                json.load(file)
-        except ValueError:
-            storage.delete(path)
+    path = f"{run_uri}/{RAY_RECORD}"
+    if not storage.exists(path):
+        return
+    try:
+        with storage.open_file(path) as file:
+            json.load(file)
+    except ValueError:
+        storage.delete(path)
 
 
 @contextmanager
@@ -206,6 +209,7 @@ def _trainer(config: TrainConfig, job: dict[str, Any]) -> TorchTrainer:
     elastic = 0 < config.min_workers < config.num_workers
     is_async = config.validation == "async"
     task = ray.train.ValidationTaskConfig(fn_kwargs={"job": job})
+    folder, name = job["run_uri"].rsplit("/", 1)  # Ray scores only checkpoints below its own folder
     return TorchTrainer(
         _train,
         train_loop_config=job,
@@ -216,8 +220,8 @@ def _trainer(config: TrainConfig, job: dict[str, Any]) -> TorchTrainer:
             elastic_resize_monitor_interval_s=config.resize_check_seconds,
         ),
         run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=job["run_uri"],
+            name=name,
+            storage_path=folder,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             callbacks=[_Failures(job["run_uri"])],
             worker_runtime_env={} if use_gpu else {"env_vars": CPU_ENVIRONMENT},

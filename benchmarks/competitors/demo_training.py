@@ -44,7 +44,7 @@ def arguments(description: str | None, folder: str, runs: int = 3) -> argparse.N
 
 
 def settings_of(folder: Path, output: Path, **changes: Any) -> TrainConfig:
-    """The demo's settings on the inputs in `folder`, which are made when they are missing; all it writes in `output`."""
+    """The demo's settings on the inputs in `folder`, made when they are missing; it writes into `output` alone."""
     vocab_size = _read("train_tokenizer")["vocab_size"]
     block_tokens = _read("pack_tokens")["block_tokens"]
     inputs = folder / f"walks-{vocab_size}-{block_tokens}"

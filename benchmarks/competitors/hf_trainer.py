@@ -1,6 +1,6 @@
 """transformers' Trainer with DeepSpeed: the same model, tokens, order and DeepSpeed config.
 
-Arguments: OUTPUT SETTINGS WARM_UP. It logs, saves and evaluates nothing while it is measured. The learning rate stays at its peak.
+Arguments: OUTPUT SETTINGS WARM_UP. It logs, saves and evaluates nothing. The learning rate is constant.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The bare loop: our engine and data order under torchrun; forward, backward, step and nothing else.
 
-Arguments: OUTPUT SETTINGS WARM_UP. All batches are in memory before the first step; the learning rate stays at its peak.
+Arguments: OUTPUT SETTINGS WARM_UP. All batches are in memory before the first step. The learning rate is constant.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ import pytest
 
 from app.artifacts import Input, Manifest
 from app.training.config import TrainConfig
-from app.training.stage import RECORD, open_run, summarize
+from app.training.stage import RAY_RECORD, RECORD, open_run, summarize
 
 
 def draft(digest: str = "a", **settings: object) -> Manifest:
@@ -28,13 +28,12 @@ def test_a_run_is_resumed_only_with_the_same_settings_and_data(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == [RECORD]
 
 
-def test_a_record_of_ray_cut_short_is_forgotten(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "kept"), [('{"checkpoint_resu', False), ("{}", True)])
+def test_a_record_of_ray_cut_short_is_forgotten(tmp_path: Path, content: str, kept: bool) -> None:
     open_run(str(tmp_path), draft(), overwrite=False)
-    (tmp_path / "ray").mkdir()
-    for name, content in (("checkpoint_manager_snapshot.json", '{"checkpoint_resu'), ("other_snapshot.json", "{}")):
-        (tmp_path / "ray" / name).write_text(content)
+    (tmp_path / RAY_RECORD).write_text(content)
     open_run(str(tmp_path), draft(), overwrite=False)
-    assert [path.name for path in (tmp_path / "ray").iterdir()] == ["other_snapshot.json"]
+    assert (tmp_path / RAY_RECORD).exists() is kept
 
 
 def test_figures_of_a_log() -> None:

@@ -25,6 +25,8 @@ FIGURES = {
     "evaluation_seconds", "communication_share", "rank_spread", "memory_bytes", "held_out_bits_per_byte",
 }  # fmt: skip
 
+RARE = {"held_out_bits_per_byte"}
+
 
 @contextmanager
 def scraping() -> Iterator[set[str]]:
@@ -48,21 +50,6 @@ def scraping() -> Iterator[set[str]]:
         thread.join()
 
 
-def read_wandb(folder: Path) -> set[str]:
-    """Names in the history of the one offline run."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    store, names = DataStore(), set[str]()
-    store.open_for_scan(str(file))
-    while data := store.scan_data():
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        names.update(item.key or item.nested_key[0] for item in record.history.item)
-    return names
-
-
 def test_every_figure_is_everywhere(cluster: LocalCluster, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     changes = {"num_steps": 200, "wandb_mode": "offline", "evaluation_interval_steps": 20}
@@ -70,10 +57,16 @@ def test_every_figure_is_everywhere(cluster: LocalCluster, tmp_path: Path) -> No
         stage.run(TrainConfig.model_validate(config_of(tmp_path, tmp_path, **changes)))
     in_log = {name for line in log_of(tmp_path) for name in line}
     assert in_log >= FIGURES
-    assert read_wandb(tmp_path / "checkpoints") >= FIGURES
+    (file,) = (tmp_path / "checkpoints").glob("wandb/offline-run-*/*.wandb")
+    recorded = file.read_bytes()  # names are there in plain
+    assert {name: recorded.count(name.encode()) >= 200 for name in FIGURES - RARE} == dict.fromkeys(
+        FIGURES - RARE, True
+    )
+    assert {name: recorded.count(name.encode()) >= 10 for name in RARE} == dict.fromkeys(RARE, True)
     wanted = FIGURES | {"step", "goodput", "restarts", "rewinds", "rank_busy_seconds", "rank_memory_bytes"}
     assert on_endpoint >= {f"ray_{METRIC_PREFIX}{name}" for name in wanted}
     page = (tmp_path / "checkpoints" / "report.html").read_text()
-    for words in ("loss", "held-out", "learning rate", "gradient norm", "tokens/s", "MFU", "communication", "Goodput"):
-        assert words.lower() in page.lower(), words
+    for words in ("loss", "held_out", "learning rate", "gradient norm", "tokens_per_second", "mfu", "communication_share",
+                  "goodput", "forward", "optimizer", "checkpoint", "evaluation", "memory", "rank"):  # fmt: skip
+        assert words in page.lower(), words
     assert json.loads((tmp_path / "checkpoints" / "run.json").read_text())["name"]
