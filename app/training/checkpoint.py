@@ -120,8 +120,8 @@ def find_complete(run_uri: str) -> list[CheckpointManifest]:
         try:
             with storage.open_file(uri) as file:
                 found.append(CheckpointManifest.model_validate_json(file.read()))
-        except ValidationError:
-            continue  # of another version, or damaged on the disk: as good as none
+        except (ValidationError, FileNotFoundError):
+            continue  # of another version, damaged on the disk, or retired since it was listed: as good as none
     return sorted(found, key=lambda manifest: (manifest.step, manifest.attempt), reverse=True)
 
 

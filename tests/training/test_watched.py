@@ -25,6 +25,10 @@ FIGURES = {
     "evaluation_seconds", "communication_share", "rank_spread", "memory_bytes", "held_out_bits_per_byte",
 }  # fmt: skip
 
+IN_REPORT = [
+    "loss", "held_out", "learning rate", "gradient norm", "tokens_per_second", "mfu", "communication_share", "goodput",
+    "forward", "optimizer", "checkpoint", "evaluation", "memory", "rank",
+]  # fmt: skip
 RARE = {"held_out_bits_per_byte"}
 
 
@@ -66,7 +70,6 @@ def test_every_figure_is_everywhere(cluster: LocalCluster, tmp_path: Path) -> No
     wanted = FIGURES | {"step", "goodput", "restarts", "rewinds", "rank_busy_seconds", "rank_memory_bytes"}
     assert on_endpoint >= {f"ray_{METRIC_PREFIX}{name}" for name in wanted}
     page = (tmp_path / "checkpoints" / "report.html").read_text()
-    for words in ("loss", "held_out", "learning rate", "gradient norm", "tokens_per_second", "mfu", "communication_share",
-                  "goodput", "forward", "optimizer", "checkpoint", "evaluation", "memory", "rank"):  # fmt: skip
+    for words in IN_REPORT:
         assert words in page.lower(), words
     assert json.loads((tmp_path / "checkpoints" / "run.json").read_text())["name"]
