@@ -1,15 +1,52 @@
-"""Settings of the endpoint: `args:` of the application in serve_config.yaml, and of the jobs that deploy and ask."""
+"""Settings of the endpoint: `args:` of the application in serve_config.yaml, and of the jobs beside it.
+
+The jobs deploy a model, ask it a question and manage the keys. What each key may do is in the keys file, not here.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from app.cluster import API_KEY_VARIABLE
 from app.config import Config, RunConfig
+from app.serving.policy import Policy
 
 APPLICATION = "zero-to-one"
+
+
+class Limits(Config):
+    """What one key may take, over all ingress replicas together; 0 for no limit."""
+
+    requests_per_minute: int = Field(0, ge=0, description="requests; as many may come at once after a pause")
+    tokens_per_minute: int = Field(0, ge=0, description="tokens of prompts and answers together")
+    concurrent_requests: int = Field(0, ge=0, description="requests that may be open at the same time")
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether nothing need be counted."""
+        return not (self.requests_per_minute or self.tokens_per_minute or self.concurrent_requests)
+
+
+class AuditConfig(Config):
+    """Where the audit log goes; each ingress replica writes a file of its own."""
+
+    path: str = Field("", description="folder on the ingress's machine; empty for no audit log")
+    max_bytes: int = Field(100 << 20, ge=1024, description="size at which a file is rotated")
+    num_files: int = Field(10, ge=1, description="rotated files kept beside the current one")
+    queue_records: int = Field(
+        10_000, ge=1, description="records that may wait for the disk; more are counted, not kept"
+    )
+    with_text: bool = Field(False, description="log prompts and answers too")
+
+
+class DoorConfig(Config):
+    """Load shedding of one ingress replica."""
+
+    max_running: int = Field(64, ge=1, description="requests handed to the engine at the same time")
+    max_waiting: int = Field(256, ge=0, description="requests that may wait for their turn; more get 429")
+    deadline_seconds: float = Field(30, gt=0, description="longest wait before a request gets 429")
 
 
 class ServeConfig(Config):
@@ -29,6 +66,20 @@ class ServeConfig(Config):
     gpus_per_replica: int = Field(1, ge=1, description="tensor parallel size where there are GPUs")
     enforce_eager: bool = Field(False, description="no compilation: starts faster, answers slower")
     api_key_variable: str = Field(API_KEY_VARIABLE, description="environment variable with the keys, comma-separated")
+    keys_file: str = Field("", description="keys with limits, made by manage_keys; the variable may then be unset")
+    max_body_bytes: int = Field(4 << 20, ge=1024, description="longest request body; longer ones get 413")
+    audit: AuditConfig = Field(default_factory=AuditConfig, description="one line per request")
+    door: DoorConfig = Field(default_factory=DoorConfig, description="load shedding in front of the engine")
+    ingress_replicas: int = Field(1, ge=1, description="processes that speak HTTP; all keep to the same limits")
+    stream_batching_ms: int = Field(
+        20, ge=0, description="streams: pause between two messages after the first; each may hold several tokens"
+    )
+    policies: dict[str, Policy] = Field(
+        default_factory=lambda: {"default": Policy()},
+        description="content filter's rules, by the name that a key gives",
+    )
+    word_uris: tuple[str, ...] = Field((), description="word files of forbidden phrases, beside our own")
+    encoder_dir: str = Field("", description="Hugging Face encoder for semantics; empty for the bundled one")
 
     @model_validator(mode="after")
     def _fits(self) -> ServeConfig:
@@ -36,6 +87,11 @@ class ServeConfig(Config):
             raise ValueError(f"model_uri: {self.model_uri!r} must be an absolute path or a URI")
         if self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas must not be below min_replicas")
+        for name, path in (("keys_file", self.keys_file), ("audit.path", self.audit.path)):
+            if path and not path.startswith("/"):
+                raise ValueError(f"{name}: {path!r} must be absolute: a replica runs in a folder of its own")
+        if "default" not in self.policies:
+            raise ValueError("policies: one must be named default: keys that name none have it")
         return self
 
 
@@ -62,3 +118,25 @@ class AskConfig(Config):
     model: str = Field("zero-to-one", description="the model's name at the endpoint")
     max_tokens: int = Field(96, ge=1, description="longest answer")
     temperature: float = Field(0.7, ge=0, description="0 for the likeliest answer")
+
+
+class ManageKeysConfig(Config):
+    """Settings of `manage_keys`."""
+
+    action: Literal["create", "list", "revoke"] = Field("list", description="create, list or revoke")
+    keys_file: str = Field("keys.yaml", description="the file; made by the first create, for its owner only")
+    name: str = Field("", pattern=r"^[\w.@-]{0,64}$", description="of the key: whom it is for")
+    models: tuple[str, ...] = Field(("*",), min_length=1, description="models that it may use; * for all")
+    limits: Limits = Field(default_factory=Limits, description="what it may take")
+    policy: str = Field("default", description="content filter's policy for it")
+    expires_at: AwareDatetime | None = Field(None, description="date with zone, 2027-01-01T00:00:00+08:00; or never")
+
+    @model_validator(mode="after")
+    def _is_named(self) -> ManageKeysConfig:
+        if self.action != "list" and not self.name:
+            raise ValueError(f"name: {self.action} which key?")
+        return self
+
+    def plan(self) -> list[str]:
+        """What is done to the file."""
+        return [f"{self.action} {self.name}".rstrip() + f" in {self.keys_file}"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from app import storage
 from app.serving.config import ServeConfig
 
 CPU_CHUNK_TOKENS = 2048
@@ -38,6 +40,18 @@ def engine_environment(config: ServeConfig, use_gpu: bool) -> dict[str, str]:
 def model_source(uri: str) -> str | dict[str, str]:
     """Where Ray Serve LLM finds the weights: a local folder, or a bucket that it mirrors to each node."""
     return {"bucket_uri": uri} if "://" in uri else uri
+
+
+def context_tokens(config: ServeConfig) -> int:
+    """Tokens of prompt and answer together. Raises ValueError when neither the config nor the model says it."""
+    if config.max_model_len:
+        return config.max_model_len
+    with storage.open_file(f"{config.model_uri}/config.json") as file:
+        settings = json.load(file)
+    found = settings.get("max_position_embeddings") or settings.get("text_config", {}).get("max_position_embeddings")
+    if not found:
+        raise ValueError(f"max_model_len: {config.model_uri}/config.json does not tell the context; set it")
+    return int(found)
 
 
 def _dtype(config: ServeConfig, use_gpu: bool) -> str:

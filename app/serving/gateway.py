@@ -1,28 +1,252 @@
-"""The HTTP ingress: Ray Serve LLM's OpenAI routes on a FastAPI app whose door asks for an API key.
+"""The ingress replica: joins the pipeline to Ray Serve LLM's engines, the cluster's ledger and Ray's metrics.
 
+Ray builds one `Gateway` per replica and asks it for the ASGI application. `Gateway.ask` is the engine to the pipeline:
+the schema's check, the call, one more try elsewhere if a replica died before it answered, the end of abandoned work.
 Several names are not public in Ray; they are imported here and nowhere else, and the version is pinned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
-from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress, init, make_fastapi_ingress
+import ray
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParameters
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParameters
+from openai.types.embedding_create_params import EmbeddingCreateParams
+from pydantic import ValidationError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingCompletionRequest,
+    ErrorResponse,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+    to_model_metadata,
+)
+from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress
+from ray.llm._internal.serve.core.ingress.utils import _sanitize_chat_completion_request
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from ray.llm._internal.serve.core.server.llm_server import LLMServer
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.llm import LLMConfig
+from ray.util import metrics as ray_metrics
 
-from app.serving.auth import ApiKeyMiddleware
+from app.serving import metrics
+from app.serving.access import OPEN_PATHS, Recorder, Routes
+from app.serving.audit import AuditLog, AuditRecord
+from app.serving.auth import ApiKeyMiddleware, KeyStore
+from app.serving.batching import in_batches
+from app.serving.bodies import Refused, bad_request
+from app.serving.config import ServeConfig
+from app.serving.moderation import build_moderator
+from app.serving.pipeline import Pipeline
+from app.serving.protocol import KINDS, AsgiApp, openai_error
+from app.serving.quota import Door, Grant, Ledger, Operation, Refusal, Teller
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "zero-to-one"
+LEDGER = "quota-ledger"
+LEDGER_SECONDS = 5.0  # longest wait for the ledger
+LEDGER_START_SECONDS = 60.0  # and for its process to start
+TRIES = 3  # of a request whose replica dies before it answers
+_KNOWN = {  # OpenAI's fields, also those that vLLM has no use for
+    ChatCompletionRequest: ChatParameters,
+    CompletionRequest: CompletionParameters,
+    EmbeddingCompletionRequest: EmbeddingCreateParams,
+}
+_REPLICA_GONE = (ActorDiedError, ActorUnavailableError, RayActorError, DeploymentUnavailableError)
 
 
-def build_ingress(key_digests: Sequence[bytes]) -> type[Any]:
-    """The ingress deployment's class."""
-    app = init()
-    app.add_middleware(ApiKeyMiddleware, digests=list(key_digests))
-    ingress: type[Any] = make_fastapi_ingress(OpenAiIngress, app=app)
-    return ingress
+class StreamServer(LLMServer):  # type: ignore[misc]
+    """Ray's LLM replica whose streams send their first token at once, and that can tokenize."""
+
+    async def start(self) -> None:
+        """Start the engine."""
+        await super().start()
+        if self.engine._oai_serving_tokenization is None:  # Ray 2.60 looks for it under vLLM's former name
+            self.engine._oai_serving_tokenization = getattr(self.engine._app_state, "serving_tokenization", None)
+
+    def _batch_output_stream(self, generator: AsyncGenerator[Any, None]) -> AsyncGenerator[list[Any], None]:
+        return in_batches(generator, self._get_batch_interval_ms() / 1000)
+
+
+class Gateway(OpenAiIngress):  # type: ignore[misc]
+    """One ingress replica."""
+
+    def __init__(
+        self, args: ServeConfig, keys: KeyStore, facts: Mapping[str, Any], llm_deployments: Any, model_cards: Any
+    ) -> None:
+        """`facts` are the served model's: lineage and context_tokens."""
+        super().__init__(llm_deployments, model_cards)
+        self._args, self._keys, self._facts = args, keys, facts
+        self._audit = AuditLog(args.audit) if args.audit.path else None
+        self._door = Door(args.door)
+        self._instruments = _instruments()
+
+    async def __serve_build_asgi_app__(self) -> AsgiApp:
+        args, ledger = self._args, ClusterLedger()
+        if args.keys_file:
+            await ledger.apply([])  # else the first request would wait for its process
+        pipeline = Pipeline(
+            ask=self.ask,
+            models=list(self._model_cards),
+            moderator=build_moderator(args.policies, args.word_uris, args.encoder_dir),
+            teller=Teller(ledger.apply),
+            door=self._door,
+            context_tokens=self._facts["context_tokens"],
+            with_text=args.audit.with_text,
+        )
+        cards = {name: card.model_dump(mode="json") for name, card in self._model_cards.items()}
+        routes = Routes(pipeline, cards, self._facts["lineage"], self._audit.close if self._audit else lambda: None)
+        guarded = ApiKeyMiddleware(routes, self._keys, args.max_body_bytes, OPEN_PATHS)
+        return Recorder(guarded, self._record, self._facts["lineage"]["digest"])
+
+    async def ask(self, operation: str, body: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        """The engine's answer: one mapping, or lists of events. Raises Refused."""
+        request = _checked(operation, body)
+        handle = self._get_configured_serve_handle(body["model"])
+        for attempt in range(TRIES):
+            responses = getattr(handle, operation).remote(request, RawRequestInfo())
+            has_begun = False
+            try:
+                async for response in responses:
+                    has_begun = True
+                    yield _unwrapped(response)
+                return
+            except _REPLICA_GONE as error:
+                logger.warning("%s: the replica is gone: %s", operation, type(error).__name__)
+                if has_begun or attempt == TRIES - 1:
+                    raise Refused(openai_error(503, "The model's replica failed. Try again.")) from None
+            except BackPressureError:
+                raise Refused(openai_error(503, "The model is busy. Try again.")) from None
+            except (RayTaskError, *VLLM_CLIENT_ERRORS) as error:
+                raise _refused(error) from None
+            finally:
+                responses.cancel()
+
+    def _record(self, record: AuditRecord) -> None:
+        if self._audit:
+            self._audit.write(record)
+        gauges = {"door_running": self._door.num_running, "door_waiting": self._door.num_waiting}
+        gauges |= {"audit_lost": self._audit.num_lost} if self._audit else {}
+        for name, value, tags in [*metrics.measure(record), *((name, value, {}) for name, value in gauges.items())]:
+            instrument = self._instruments[name]
+            kind = metrics.METRICS[name].kind
+            act = {"counter": "inc", "gauge": "set", "histogram": "observe"}[kind]
+            getattr(instrument, act)(value, tags)
+
+
+def _ledger_actor() -> Any:
+    """The actor's class. It is made here so that Ray ships it whole: its process need not import vLLM."""
+
+    class QuotaLedger:
+        """The quota of the whole cluster; outlives every deployment of the endpoint."""
+
+        def __init__(self, starts_empty: bool) -> None:
+            restarted = ray.get_runtime_context().was_current_actor_reconstructed
+            self._ledger = Ledger(starts_empty=starts_empty or restarted)
+
+        async def apply(self, operations: Sequence[Operation]) -> list[Grant | Refusal | None]:
+            return self._ledger.apply(operations)
+
+    return ray.remote(QuotaLedger)
+
+
+class ClusterLedger:
+    """The way to the one ledger of the cluster, which the first use starts."""
+
+    def __init__(self) -> None:
+        self._actor: Any = None
+        self._was_there = False
+
+    async def apply(self, operations: Sequence[Operation]) -> Sequence[Grant | Refusal | None]:
+        """As Ledger.apply. Raises when it does not answer in time; the next call looks for it anew."""
+        try:
+            seconds = LEDGER_SECONDS if self._actor else LEDGER_START_SECONDS
+            self._actor = self._actor or await asyncio.to_thread(self._find)
+            result: Sequence[Grant | Refusal | None] = await asyncio.wait_for(
+                self._actor.apply.remote(list(operations)), seconds
+            )
+        except (RayActorError, GetTimeoutError, TimeoutError):
+            self._actor = None
+            raise
+        self._was_there = True
+        return result
+
+    def _find(self) -> Any:
+        options = {"name": LEDGER, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached"}
+        actor = _ledger_actor().options(**options, num_cpus=0, max_restarts=-1)
+        return actor.remote(starts_empty=self._was_there)
 
 
 def model_cards(llm_config: LLMConfig) -> dict[str, Any]:
     """What GET /v1/models says, by model id."""
     return {llm_config.model_id: to_model_metadata(llm_config.model_id, llm_config)}
+
+
+def _instruments() -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name, (kind, description, tags, boundaries) in metrics.METRICS.items():
+        options: dict[str, Any] = {"description": description, "tag_keys": tags}
+        if kind == "histogram":
+            options["boundaries"] = list(boundaries)
+        made[name] = getattr(ray_metrics, kind.capitalize())(metrics.PREFIX + name, **options)
+    return made
+
+
+def _schema(operation: str, body: Mapping[str, Any]) -> Any:
+    """The pydantic class."""
+    if operation == "tokenize":
+        return TokenizeChatRequest if "messages" in body else TokenizeCompletionRequest
+    schemas: dict[str, Any] = {
+        "chat": ChatCompletionRequest,
+        "completions": CompletionRequest,
+        "embeddings": EmbeddingCompletionRequest,
+        "detokenize": DetokenizeRequest,
+    }
+    return schemas[operation]
+
+
+def _checked(operation: str, body: Mapping[str, Any]) -> Any:
+    """The request as the engine takes it. Raises Refused with 400."""
+    schema = _schema(operation, body)
+    known = set(schema.model_fields) | set(getattr(_KNOWN.get(schema), "__annotations__", ()))
+    if unknown := sorted(body.keys() - known):
+        raise bad_request(f"Unrecognized request argument supplied: {unknown[0][:100]}", unknown[0][:100])
+    try:
+        request = schema.model_validate(body)
+        return _sanitize_chat_completion_request(request) if operation == "chat" else request
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        raise bad_request(f"{where}: {first['msg']}"[:500], where[:100] or None) from None
+    except (*VLLM_CLIENT_ERRORS, ValueError, TypeError) as error:
+        raise bad_request(str(error)[:500]) from None
+
+
+def _unwrapped(response: Any) -> Any:
+    """A mapping, or a list of events. Raises Refused for the engine's error."""
+    first = response[0] if isinstance(response, list) and response else response
+    if isinstance(first, ErrorResponse):
+        code = first.error.code if first.error.code in KINDS else 400 if first.error.code < 500 else 500
+        raise Refused(openai_error(code, first.error.message, param=first.error.param))
+    if isinstance(response, str):
+        return [response]
+    return response if isinstance(response, list) else response.model_dump(mode="json")
+
+
+def _refused(error: Exception) -> Refused:
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, VLLM_CLIENT_ERRORS) or isinstance(error, VLLM_CLIENT_ERRORS):
+        return bad_request(
+            str(cause).strip().splitlines()[-1][:500] if str(cause).strip() else "The request is invalid."
+        )
+    logger.error("the engine failed: %s", error)
+    return Refused(openai_error(500, "The model failed to answer; the server's log says why."))

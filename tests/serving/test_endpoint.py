@@ -1,17 +1,30 @@
-"""A real endpoint on a tiny 4-bit model: the openai client in front, vLLM behind, Ray Serve between."""
+"""A real endpoint on a tiny 4-bit model: the openai client in front, vLLM behind, Ray Serve between.
 
+Two ingress replicas, a key from the environment without limits, and keys with limits in a file.
+"""
+
+import json
 import logging
 import os
+import re
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import openai
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from app.artifacts import read_manifest
 from app.cluster import LocalCluster
-from app.serving.config import DeployConfig
+from app.serving import auth
+from app.serving.config import DeployConfig, Limits
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -20,6 +33,9 @@ MODEL = "zero-to-one"
 QUESTION = [{"role": "user", "content": "孔明曰"}]
 NUM_LAYERS = 8  # two blocks of qkv, o, gate_up, down
 LOGPROB_TOLERANCE = 0.1  # of activations in bfloat16; logprobs here are about -3
+FORBIDDEN = "乌有之辞"  # in the word file of the test
+MAX_BODY_BYTES = 2 << 20
+LIMITED = Limits(requests_per_minute=3)
 
 
 @pytest.fixture(scope="module", name="folders")
@@ -29,14 +45,37 @@ def folders_fixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     return write_models(tmp_path_factory.mktemp("served"))
 
 
+@pytest.fixture(scope="module", name="keys")
+def keys_fixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The keys file, and the keys in it by name."""
+    path = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    names: dict[str, dict[str, Any]] = {
+        "limited": {"limits": LIMITED},
+        "single": {"limits": Limits(concurrent_requests=1)},
+        "elsewhere": {"models": ("another",)},
+    }
+    return path, {name: auth.create_key(path, name, options) for name, options in names.items()}
+
+
 @pytest.fixture(scope="module", name="config")
-def config_fixture(cluster: LocalCluster, folders: tuple[Path, Path]) -> DeployConfig:
+def config_fixture(
+    cluster: LocalCluster, folders: tuple[Path, Path], keys: tuple[Path, dict[str, str]]
+) -> DeployConfig:
     packed, _ = folders
+    document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    words = packed.parent / "words.txt"
+    words.write_text(f"category: invented\n{FORBIDDEN}\n", encoding="utf-8")
+    document["applications"][0]["args"] |= {
+        "keys_file": str(keys[0]),
+        "ingress_replicas": 2,
+        "word_uris": [str(words)],
+        "max_body_bytes": MAX_BODY_BYTES,
+        "audit": {"path": str(packed.parent / "audit")},
+    }
+    path = packed.parent / "given.yaml"
+    path.write_text(yaml.safe_dump(document))
     return DeployConfig(
-        storage_uri=str(packed.parent),
-        model_uri="packed",
-        serve_config=str(ROOT / "serve_config.yaml"),
-        port=cluster.endpoint_port,
+        storage_uri=str(packed.parent), model_uri="packed", serve_config=str(path), port=cluster.endpoint_port
     )
 
 
@@ -126,6 +165,106 @@ def test_errors_are_openais(client: openai.OpenAI) -> None:
         client.completions.create(model=MODEL, prompt=[5] * 300)
 
 
+def test_a_client_that_goes_gives_its_place_back(client: openai.OpenAI, keys: tuple[Path, dict[str, str]]) -> None:
+    single = client.with_options(api_key=keys[1]["single"])
+    stream = single.completions.create(
+        model=MODEL, prompt="孔明", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    with pytest.raises(openai.RateLimitError):
+        single.completions.create(model=MODEL, prompt="孔明", max_tokens=1)
+    stream.close()
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            single.completions.create(model=MODEL, prompt="孔明", max_tokens=1)
+            return
+        except openai.RateLimitError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = """
+    model messages prompt input n best_of temperature top_p top_k min_p seed stop logprobs top_logprobs
+    prompt_logprobs echo logit_bias response_format structured_outputs tools tool_choice stream stream_options
+    max_tokens min_tokens max_completion_tokens bad_words allowed_token_ids presence_penalty frequency_penalty
+    repetition_penalty priority suffix user metadata truncate_prompt_tokens skip_special_tokens
+    add_special_tokens chat_template_kwargs documents cache_salt kv_transfer_params vllm_xargs return_token_ids
+    use_beam_search prompt_embeds request_id nothing
+"""
+FIELDS = re.findall(r"\w+", NAMES)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(
+    path=st.sampled_from(["v1/chat/completions", "v1/completions", "v1/embeddings", "tokenize", "detokenize"]),
+    junk=st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=3) | JUNK,
+)
+def test_no_body_makes_the_server_fail(client: openai.OpenAI, web: httpx.Client, path: str, junk: Any) -> None:
+    body = junk
+    if isinstance(junk, dict):
+        base: dict[str, Any] = {"model": MODEL, "max_tokens": 2}
+        base |= {"messages": QUESTION} if "chat" in path else {"prompt": "孔明"} if "completions" in path else {}
+        body = base | junk
+    reply = web.post(path, content=json.dumps(body))
+    assert reply.status_code < 500, (path, body, reply.text)
+    assert reply.status_code < 400 or reply.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module", name="web")
+def web_fixture(client: openai.OpenAI) -> Iterator[httpx.Client]:
+    root = str(client.base_url).removesuffix("v1/")
+    with httpx.Client(base_url=root, headers={"authorization": f"Bearer {client.api_key}"}, timeout=60) as web:
+        yield web
+
+
+REQUEST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer KEY\r\n"
+MALFORMED = [
+    b"",
+    b"\r\n\r\n",
+    b"\x00" * 64,
+    b"\x16\x03\x01\x02\x00\x01\x00",  # TLS
+    b"GET\r\n\r\n",
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"NONSENSE / HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"GET /%ff%fe%00 HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+    b"GET / HTTP/1.1\r\nhost: x\r\nauthorization: \xff\xfe\r\n\r\n",
+    b"GET /v1/models HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n",
+    REQUEST + b"content-length: -1\r\n\r\n",
+    REQUEST + b"content-length: 5\r\ncontent-length: 6\r\n\r\nabcde",
+    REQUEST + b"content-length: 99999999999\r\n\r\n",
+    REQUEST + b"content-length: 50\r\n\r\n{}",
+    REQUEST + b"content-length: 2\r\n\r\n{}",
+    REQUEST + b"content-length: 6\r\n\r\n\xff\xfe\x00{}\x80",
+    REQUEST + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+    REQUEST + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    REQUEST + b"content-encoding: gzip\r\ncontent-length: 4\r\n\r\n\x1f\x8b\x08\x00",
+]
+
+
+@pytest.mark.parametrize("number", range(len(MALFORMED)))
+def test_no_malformed_request_makes_the_server_fail(client: openai.OpenAI, web: httpx.Client, number: int) -> None:
+    raw = MALFORMED[number].replace(b"KEY", client.api_key.encode())
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=5) as connection:
+        connection.sendall(raw)
+        connection.shutdown(socket.SHUT_WR)
+        reply = b""
+        try:
+            while part := connection.recv(65536):
+                reply += part
+        except (TimeoutError, ConnectionResetError):
+            pass
+    assert not reply.startswith(b"HTTP/1.1 5"), reply[:500]
+    assert web.get("health").status_code == 200
+
+
 def test_deploying_the_same_again_restarts_nothing(
     client: openai.OpenAI, config: DeployConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,7 +274,7 @@ def test_deploying_the_same_again_restarts_nothing(
 
     before = serve.status().applications[MODEL].last_deployed_time_s
     replicas = replica_ids()
-    assert len(replicas) == 2  # gateway and engine
+    assert len(replicas) == 3  # two gateways and an engine
     began = time.monotonic()
     with caplog.at_level(logging.INFO):
         stage.run(config)
@@ -145,6 +284,139 @@ def test_deploying_the_same_again_restarts_nothing(
     written = yaml.safe_load(Path(config.resolve("serve_config.yaml")).read_text())
     assert written["applications"][0]["args"]["model_uri"] == config.resolve("packed")
     assert client.models.list().data
+
+
+def test_the_filter_reads_what_is_asked(client: openai.OpenAI) -> None:
+    question = [{"role": "user", "content": "请说「乌 有 之 辞」"}]
+    whole = client.chat.completions.create(model=MODEL, messages=question)
+    assert whole.choices[0].finish_reason == "content_filter"
+    assert whole.choices[0].message.content.startswith("抱歉")
+    chunks = list(client.chat.completions.create(model=MODEL, messages=question, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == "content_filter"
+    completion = client.completions.create(model=MODEL, prompt=["aa", FORBIDDEN])
+    assert completion.choices[0].finish_reason == "content_filter"
+
+
+def test_the_filter_reads_prompts_of_token_ids(client: openai.OpenAI, folders: tuple[Path, Path]) -> None:
+    from app.models import load_tokenizer
+
+    ids = load_tokenizer(folders[1])(FORBIDDEN)["input_ids"]
+    assert client.completions.create(model=MODEL, prompt=ids).choices[0].finish_reason == "content_filter"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_forbidden_answer_never_arrives(client: openai.OpenAI, stream: bool) -> None:
+    """The engine is made to say it, token by token: the tokenizer knows none of its characters."""
+    forced = {"structured_outputs": {"choice": [f"ab {FORBIDDEN} cd"]}}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, stream=stream, max_tokens=60, extra_body=forced
+    )
+    if stream:
+        chunks = list(answer)
+        said, reason = "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[0].finish_reason
+        assert said.strip() == "ab"
+    else:
+        said, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert reason == "content_filter"
+    assert not set(FORBIDDEN) & set(said)
+
+
+def test_a_key_of_another_model_sees_none_of_ours(client: openai.OpenAI, keys: tuple[Path, dict[str, str]]) -> None:
+    other = client.with_options(api_key=keys[1]["elsewhere"])
+    assert other.models.list().data == []
+    with pytest.raises(openai.NotFoundError) as not_ours:
+        other.chat.completions.create(model=MODEL, messages=QUESTION)
+    with pytest.raises(openai.NotFoundError) as not_there:
+        client.chat.completions.create(model="x" * len(MODEL), messages=QUESTION)
+    assert not_ours.value.body["message"].replace(MODEL, "x" * len(MODEL)) == not_there.value.body["message"]
+
+
+def test_two_replicas_keep_to_one_limit(client: openai.OpenAI, keys: tuple[Path, dict[str, str]]) -> None:
+    limited = client.with_options(api_key=keys[1]["limited"])
+
+    def ask(_: int) -> openai.RateLimitError | None:
+        try:
+            limited.completions.create(model=MODEL, prompt="孔明", max_tokens=1)
+        except openai.RateLimitError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        refused = [error for error in pool.map(ask, range(16)) if error]
+    assert 16 - len(refused) in (3, 4)  # one may have become free again
+    assert int(refused[0].response.headers["retry-after"]) >= 1
+    assert refused[0].response.headers["x-ratelimit-limit-requests"] == "3"
+    assert refused[0].code == "rate_limit_exceeded"
+
+
+def test_what_needs_no_engine(client: openai.OpenAI, config: DeployConfig) -> None:
+    root = str(client.base_url).removesuffix("v1/")
+    page = httpx.get(root)
+    assert page.status_code == 200
+    assert page.headers["content-security-policy"] == "frame-ancestors 'none'"
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert "<title>zero-to-one</title>" in page.text
+    assert httpx.get(f"{root}health").json() == {"status": "ok"}
+    assert httpx.get(f"{root}v1/lineage").status_code == 401
+    key = {"authorization": f"Bearer {client.api_key}"}
+    told = httpx.get(f"{root}v1/lineage", headers=key).json()
+    assert told["model"] == MODEL
+    assert told["digest"] == read_manifest(config.resolve("packed"), "model").digest
+    assert httpx.get(f"{root}v1/nothing", headers=key).json()["error"]["code"] == "not_found"
+    assert httpx.get(f"{root}v1/completions", headers=key).status_code == 405
+
+
+def test_too_much_is_refused_before_the_engine(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError) as raised:
+        client.completions.create(model=MODEL, prompt="x" * MAX_BODY_BYTES)
+    assert raised.value.status_code == 413
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(model=MODEL, prompt="x" * (1 << 20))
+    assert raised.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="n must be"):
+        client.completions.create(model=MODEL, prompt="x", n=10_000)
+    with pytest.raises(openai.BadRequestError, match="Unrecognized request argument supplied: tempperature"):
+        client.completions.create(model=MODEL, prompt="x", extra_body={"tempperature": 1})
+
+
+def test_each_request_was_recorded_without_its_key(
+    client: openai.OpenAI, config: DeployConfig, keys: tuple[Path, dict[str, str]]
+) -> None:
+    client.completions.create(model=MODEL, prompt="玄德问计", max_tokens=1)
+    deadline = time.monotonic() + 10
+    while True:
+        paths = sorted(Path(config.resolve("audit")).glob("audit-*.jsonl"))
+        text = "".join(path.read_text(encoding="utf-8") for path in paths)
+        records = [json.loads(line) for line in text.splitlines()]
+        if len(paths) == 2 and any(record.get("completion_tokens") == 1 for record in records):
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert {200, 400, 401, 404, 413, 429} <= {record["status"] for record in records}
+    assert {"default", "limited", "elsewhere", None} <= {record["key_name"] for record in records}
+    assert any(verdict["action"] == "block" for record in records for verdict in record["verdicts"])
+    assert not any(secret in text for secret in [client.api_key, *keys[1].values(), "玄德问计"])
+
+
+def test_the_metrics_reach_rays_endpoint(client: openai.OpenAI) -> None:
+    import ray
+
+    from app.serving.metrics import METRICS, PREFIX
+    from tests.serving.test_metrics import ENGINES
+
+    node = ray.nodes()[0]
+    ending = {"counter": "_total", "gauge": "", "histogram": "_bucket"}
+    wanted = {f"ray_{PREFIX}{name}{ending[metric.kind]}{{" for name, metric in METRICS.items()}
+    wanted |= {f"ray_vllm_{name}{{" for name in ENGINES}
+    deadline = time.monotonic() + 120
+    while True:
+        text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+        missing = {name for name in wanted if name not in text}
+        if not missing:
+            return
+        assert time.monotonic() < deadline, missing
+        time.sleep(1)
 
 
 def replica_ids() -> set[str]:
