@@ -129,6 +129,7 @@ def test_scores_of_steps_that_were_taken_back_are_forgotten(tmp_path: Path) -> N
     assert checkpoint.read_scores(str(tmp_path)) == {step: {"held_out_bits_per_byte": step / 10} for step in (10, 20)}
 
 
+@pytest.mark.slow
 def test_writers_killed_at_random_moments_leave_whole_checkpoints_only(tmp_path: Path) -> None:
     """12 SIGKILLs while parts, manifests and deletions follow each other without a pause."""
     moments = random.Random(0)

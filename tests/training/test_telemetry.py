@@ -16,6 +16,9 @@ CONFIG = TrainConfig(num_steps=4, wandb_mode="disabled", alarms=AlarmConfig(wind
 DASHBOARD = Path(__file__).resolve().parents[2] / "deploy/grafana/training.json"
 
 
+NAME = "20261124-0123"
+
+
 class FakeGauge:
     """Remembers the last value by name and tags, as a gauge does."""
 
@@ -39,7 +42,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
 
 def speaker(run_uri: Path, first_step: int = 0) -> tuple[Telemetry, Journal]:
     journal = Journal(str(run_uri), first_step)
-    return Telemetry(CONFIG, str(run_uri), "0123abcd", journal, first_step), journal
+    return Telemetry(CONFIG, str(run_uri), NAME, journal, first_step), journal
 
 
 def test_a_step_is_a_line_and_a_gauge(tmp_path: Path, shown: dict[tuple[str, ...], float]) -> None:
@@ -47,11 +50,11 @@ def test_a_step_is_a_line_and_a_gauge(tmp_path: Path, shown: dict[tuple[str, ...
     by_rank = {"memory_bytes": [1.0, 2.0], "gpu_utilization": [math.nan, 0.5]}
     speaks.record(0, {"loss": 3.0, "rows": "00ff", "step_seconds": 0.5}, by_rank)
     assert journal.lines() == [{"step": 0, "loss": 3.0, "rows": "00ff", "step_seconds": 0.5}]
-    assert shown["loss", "run"] == 3.0
-    assert shown["step", "run"] == 1
-    assert shown["rank_memory_bytes", "run", "1"] == 2.0
-    assert ("rank_gpu_utilization", "run", "0") not in shown
-    assert ("rows", "run") not in shown
+    assert shown["loss", NAME] == 3.0
+    assert shown["step", NAME] == 1
+    assert shown["rank_memory_bytes", NAME, "1"] == 2.0
+    assert ("rank_gpu_utilization", NAME, "0") not in shown
+    assert ("rows", NAME) not in shown
 
 
 def test_the_heartbeat_says_how_far_the_run_is(tmp_path: Path, shown: dict[tuple[str, ...], float]) -> None:
@@ -64,7 +67,7 @@ def test_the_heartbeat_says_how_far_the_run_is(tmp_path: Path, shown: dict[tuple
 
 
 def test_the_other_ranks_are_silent(tmp_path: Path, shown: dict[tuple[str, ...], float]) -> None:
-    silent = Telemetry(CONFIG, str(tmp_path), "0123abcd", None, 0)
+    silent = Telemetry(CONFIG, str(tmp_path), NAME, None, 0)
     silent.record(0, {"loss": 3.0, "grad_norm": 1e9})
     silent.finish()
     assert not shown
@@ -78,7 +81,8 @@ def test_an_alarm_is_an_event_and_a_warning(
     with caplog.at_level(logging.WARNING):
         for step in range(3):
             speaks.record(step, {"grad_norm": 500.0})
-    (alarm,) = read_events(str(tmp_path))
+    assert [event["step"] for event in read_events(str(tmp_path), "first_step")] == [0]
+    (alarm,) = read_events(str(tmp_path), "alarm")
     assert {name: alarm[name] for name in ("kind", "step", "name", "value", "level")} == {
         "kind": "alarm",
         "step": 0,
@@ -100,8 +104,8 @@ def test_goodput_counts_a_step_once_however_often_it_was_done(
     speaks, _ = speaker(tmp_path)
     for step in (0, 1, 2, 1, 2, 3):
         speaks.record(step, {"step_seconds": 10.0})
-    assert (shown["goodput", tmp_path.name], shown["rewinds", tmp_path.name]) == (0.4, 1)
-    assert shown["restarts", tmp_path.name] == 0
+    assert (shown["goodput", NAME], shown["rewinds", NAME]) == (0.4, 1)
+    assert shown["restarts", NAME] == 0
 
 
 def test_a_resumed_run_counts_the_steps_before(tmp_path: Path, shown: dict[tuple[str, ...], float]) -> None:
@@ -127,12 +131,12 @@ def test_a_wandb_run_is_named_by_the_run_and_may_go_back(
 ) -> None:
     config = CONFIG.model_copy(update={"wandb_mode": "offline"})
     for first_step in (0, 1):
-        speaks = Telemetry(config, str(tmp_path), "0123abcd", Journal(str(tmp_path), 0), first_step)
+        speaks = Telemetry(config, str(tmp_path), NAME, Journal(str(tmp_path), 0), first_step)
         for step in (0, 1, 0):
             speaks.record(step, {"loss": 3.0, "rows": "00"})
         speaks.finish()
-    files = list((tmp_path / "0123abcd/wandb").glob("offline-run-*/*.wandb"))
-    assert {file.name for file in files} == {"run-0123abcd.wandb"}
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert {file.name for file in files} == {f"run-{NAME}.wandb"}
 
 
 def test_the_dashboard_shows_all_metrics_and_no_others() -> None:
@@ -148,7 +152,7 @@ def test_the_dashboard_shows_all_metrics_and_no_others() -> None:
 def test_the_dashboard_can_be_imported() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
     assert dashboard["schemaVersion"] >= 39
-    assert [variable["name"] for variable in dashboard["templating"]["list"]] == ["datasource", "run"]
+    assert [variable["name"] for variable in dashboard["templating"]["list"]] == ["datasource", NAME]
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
