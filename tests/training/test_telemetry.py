@@ -152,7 +152,7 @@ def test_the_dashboard_shows_all_metrics_and_no_others() -> None:
 def test_the_dashboard_can_be_imported() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
     assert dashboard["schemaVersion"] >= 39
-    assert [variable["name"] for variable in dashboard["templating"]["list"]] == ["datasource", NAME]
+    assert [variable["name"] for variable in dashboard["templating"]["list"]] == ["datasource", "run"]
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
