@@ -13,6 +13,7 @@ import io
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,8 +45,12 @@ class Saver:
         self.completed = 0  # steps of the newest complete checkpoint that this worker knows of; rank 0 knows all
 
     def begin(self, draft: CheckpointManifest) -> None:
-        """Copy the state and return; collective. Waits first if the checkpoint before is still being written."""
-        self.wait()
+        """Copy the state and return; collective. Waits first if the checkpoint before is still being written.
+
+        Does nothing once a rank has failed to write its part.
+        """
+        if not self.settle():
+            return
         with tempfile.TemporaryDirectory() as scratch:
             self._engine.save_checkpoint(scratch, tag=draft.name, save_latest=False)
             states = self._memory.take(scratch)
@@ -53,16 +58,18 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(draft, states), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Until the part of this worker is stored and, on rank 0, the checkpoint is complete."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-
-    def leave(self) -> None:
-        """Give up what is not complete: another worker could not write its part."""
-        self._left.set()
-        self.wait()
+    def settle(self) -> bool:
+        """Wait until the checkpoint begun last is complete; collective. False when a rank could not write its part."""
+        while True:
+            mine = self._thread is not None and self._thread.is_alive(), self.error is not None
+            states: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, mine)
+            if any(has_failed for _, has_failed in states):
+                self._left.set()  # rank 0 waits for parts that will not come
+                return False
+            if not any(is_writing for is_writing, _ in states):
+                return True
+            time.sleep(POLL_SECONDS)
 
     def _write(self, draft: CheckpointManifest, states: dict[str, Any]) -> None:
         try:

@@ -56,6 +56,7 @@ class Worker:
     clock: CommunicationClock | None
     step: int = 0
     rewinds: list[Rewind] = field(default_factory=list)
+    _preempted: bool = False
 
     @classmethod
     def set_up(cls, job: dict[str, Any]) -> Self:
@@ -155,12 +156,12 @@ class Worker:
             config=config.model_dump(mode="json"),
         )
 
-    def checkpoint_now(self, why: str) -> None:
-        """Write one, unless this step has it, and wait until it is complete."""
+    def checkpoint_now(self, why: str) -> bool:
+        """Write one, unless this step has it, and wait; whether it is complete."""
         if not self.must_checkpoint():
             logger.info("%s: making a checkpoint at step %d", why, self.step)
             self.checkpoint()
-        self.saver.wait()
+        return self.saver.settle()
 
     def keep_scores(self, scores: dict[str, float]) -> None:
         """Remember the held-out figures of this step: they choose the checkpoint that is exported."""
@@ -182,8 +183,8 @@ class Worker:
 
     def rewind(self, reason: str) -> str:
         """Go back to the newest whole checkpoint and skip the data since; what is wrong if that cannot be done."""
-        self.saver.wait()
-        torch.distributed.barrier()
+        if not self.saver.settle():
+            return self.saving_error()
         at_step, limit = self.step, self.config.correction.max_rewinds
         what = f"step {at_step}: {reason}"
         advice = "lower optimizer.learning_rate or check the data"
@@ -214,11 +215,9 @@ class Worker:
         self._preempted = True
         return True
 
-    _preempted = False
-
     def saving_error(self) -> str:
         """What kept a rank from writing its part; collective. Raises what is not the user's to mend, to be retried."""
-        self.saver.leave()
+        self.saver.settle()
         texts: list[str | None] = [None] * self.world_size
         error = self.saver.error
         cause = logs.user_error(error)
@@ -239,7 +238,8 @@ class Worker:
 
     def stop(self) -> dict[str, Any]:
         """Leave after a checkpoint, as was wished."""
-        self.checkpoint_now("asked to stop")
+        if not self.checkpoint_now("asked to stop"):
+            return self.give_up(self.saving_error())
         if self.rank == 0:
             add_event(self.run_uri, "stopped", step=self.step, cause="asked to stop")
         self._close()
@@ -247,11 +247,7 @@ class Worker:
 
     def finish(self, reported: int) -> dict[str, Any]:
         """After the last step: wait for its checkpoint, say that the run is done."""
-        self.saver.wait()
-        torch.distributed.barrier()
-        errors: list[bool] = [False] * self.world_size
-        torch.distributed.all_gather_object(errors, self.saver.error is not None)
-        if any(errors):
+        if not self.saver.settle():
             return self.give_up(self.saving_error())
         if reported < self.step:
             self.report(self.step, {})
@@ -262,7 +258,6 @@ class Worker:
 
     def _close(self) -> None:
         self.signals.close()
-        self.saver.wait()
         self.telemetry.finish()
 
     def _retire(self) -> None:
