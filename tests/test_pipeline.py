@@ -17,6 +17,7 @@ import yaml
 
 from app.artifacts import read_manifest
 from app.cluster import LocalCluster
+from app.training import checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,10 +209,10 @@ def test_a_killed_worker_changes_nothing(run: dict[str, Any], cluster: LocalClus
     root = run["root"].parent / f"{run['root'].name}-killed"
     job = _train(cluster, root, run["root"])
     deadline = time.monotonic() + 240
-    while not list(root.glob("checkpoints/*/checkpoint_*/training_log.jsonl")):
+    while not checkpoint.find_complete(f"{root}/checkpoints"):
         assert job.poll() is None, job.stdout and job.stdout.read()[-3000:]
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.02)
     victims = _workers(cluster)
     assert len(victims) == 2
     os.kill(victims[-1].pid, signal.SIGKILL)

@@ -167,7 +167,8 @@ def wikitext_to_text(wikitext: str) -> str:
     text = _CAPTION.sub("", _BRACKETS.sub("", text))
     for _ in range(2):  # a pair may stand in a pair
         text = _EMPTY_PARENTHESES.sub("", text)
-    text = _without_empty_sections(_STRAY_COMMAS.sub("", text))
+    text = _BRACKETS.sub(" ", _STRAY_COMMAS.sub("", text))  # what was cut out between two may have made a pair
+    text = _without_empty_sections(text)
     return _BLANK_LINES.sub("\n\n", text).strip().encode("utf-8", "replace").decode("utf-8")  # &#xd800; is no text
 
 

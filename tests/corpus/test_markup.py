@@ -1,7 +1,7 @@
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.corpus.markup import MAX_NESTING, decode_page, html_to_text, wikitext_to_text
@@ -77,6 +77,7 @@ MARKS += ["</ref>", "<b ", "<!--", "-->", "&#xd800;", "*", "==", "File:", "a", "
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(MARKS), max_size=60))
+@example(["]", "[[", "[http://a ", "]]"])
 def test_any_marks_give_text_without_pairs_of_marks(marks: list[str]) -> None:
     text = wikitext_to_text("".join(marks))
     text.encode("utf-8")
