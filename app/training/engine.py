@@ -28,7 +28,7 @@ def build(config: TrainConfig, shape: Mapping[str, int], world_size: int, use_gp
     ds_config = deepspeed_config(config, world_size, use_gpu)
     keep_alive = HfDeepSpeedConfig(ds_config)
     torch.manual_seed(config.seed)
-    model = _pretrained(config, shape) if config.init_from_uri else _fresh(config, shape)
+    model = _pretrained(config, shape) if config.init_from_uri else fresh_model(config, shape)
     model.config.use_cache = False
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable()
@@ -67,14 +67,8 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
-def num_matrix_parameters(model: Any) -> int:
-    """Parameters that a token is multiplied with: all but the input embedding."""
-    embedding = model.get_input_embeddings().weight
-    tied = model.config.tie_word_embeddings
-    return sum(_size(parameter) for parameter in model.parameters() if tied or parameter is not embedding)
-
-
-def _fresh(config: TrainConfig, shape: Mapping[str, int]) -> Any:
+def fresh_model(config: TrainConfig, shape: Mapping[str, int]) -> Any:
+    """A Llama-family model of the config's size, its weights drawn now; the keys of `shape` are those of `build`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     model = config.model
@@ -93,6 +87,13 @@ def _fresh(config: TrainConfig, shape: Mapping[str, int]) -> Any:
         attn_implementation=config.attention,
     )
     return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
+
+
+def num_matrix_parameters(model: Any) -> int:
+    """Parameters that a token is multiplied with: all but the input embedding."""
+    embedding = model.get_input_embeddings().weight
+    tied = model.config.tie_word_embeddings
+    return sum(_size(parameter) for parameter in model.parameters() if tied or parameter is not embedding)
 
 
 def _pretrained(config: TrainConfig, shape: Mapping[str, int]) -> Any:

@@ -7,7 +7,6 @@ rows that have no labels. The rows are the sampler's; it decides nothing about t
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Queue
@@ -51,7 +50,6 @@ class StepData:
     micro_batches: list[dict[str, torch.Tensor]]
     rows_digest: int
     num_labels: int
-    wait_seconds: float
 
 
 class Feed:
@@ -83,12 +81,10 @@ class Feed:
     def next(self) -> StepData:
         """The next step; an error of the thread is raised here, now and at every later call."""
         assert not self._closed.is_set(), "the feed is closed"
-        began = time.monotonic()
         made = self._queue.get()
         if isinstance(made, Exception):
             self._queue.put(made)  # the thread has ended: nothing else comes
             raise made
-        made.wait_seconds = time.monotonic() - began
         return made
 
     def close(self) -> None:
@@ -119,7 +115,7 @@ class Feed:
             {name: torch.from_numpy(array) for name, array in self._micro_batch(part).items()}
             for part in _cut(mine, share.micro_batch, share.accumulation_steps)
         ]
-        return StepData(data_step, made, digest_rows(mine), self._count_labels(rows), 0.0)
+        return StepData(data_step, made, digest_rows(mine), self._count_labels(rows))
 
     def _micro_batch(self, rows: Rows) -> dict[str, Tokens]:
         """The model's inputs; a micro-batch of fewer rows is filled up with row 0, which has no labels."""

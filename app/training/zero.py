@@ -10,8 +10,6 @@ from typing import Any
 
 from app.training.config import TrainConfig
 
-BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
-
 
 def deepspeed_config(config: TrainConfig, world_size: int, use_gpu: bool) -> dict[str, Any]:
     """What `deepspeed.initialize` takes. Buckets follow the model's width, so that a small model stays small."""

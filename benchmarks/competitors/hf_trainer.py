@@ -15,10 +15,11 @@ import torch
 import yaml
 from competitors import demo_training
 from competitors.torchrun_deepspeed import shape_of
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from app.training.batches import open_plan, open_train_blocks
 from app.training.config import TrainConfig
+from app.training.engine import fresh_model
 from app.training.sampler import rows_of_step
 from app.training.zero import deepspeed_config
 
@@ -65,22 +66,10 @@ def arguments(config: TrainConfig, output: Path, world_size: int) -> TrainingArg
 
 def model_of(config: TrainConfig) -> Any:
     """The model that ours builds; Trainer's arguments come first: they shard it."""
-    model, shape = config.model, shape_of(config)
-    architecture = LlamaConfig(
-        vocab_size=shape["vocab_size"],
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        max_position_embeddings=shape["block_tokens"],
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        tie_word_embeddings=model.tie_embeddings,
-        attn_implementation=config.attention,
-        use_cache=False,
-    )
     torch.manual_seed(config.seed)
-    return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+    model = fresh_model(config, shape_of(config))
+    model.config.use_cache = False
+    return model
 
 
 def dataset_of(config: TrainConfig) -> list[dict[str, torch.Tensor]]:
