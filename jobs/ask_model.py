@@ -17,6 +17,7 @@ if __name__ == "__main__":
                 max_tokens=config.max_tokens,
                 temperature=config.temperature,
                 stream=True,
+                extra_body={"min_tokens": min(config.min_tokens, config.max_tokens)},
             )
             for chunk in stream:
                 print(chunk.choices[0].delta.content or "" if chunk.choices else "", end="", flush=True)

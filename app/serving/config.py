@@ -117,6 +117,9 @@ class AskConfig(Config):
     question: str = Field("却说曹操引兵南下，刘备问计于孔明，孔明曰", description="what to ask, in any language")
     model: str = Field("zero-to-one", description="the model's name at the endpoint")
     max_tokens: int = Field(96, ge=1, description="longest answer")
+    min_tokens: int = Field(
+        24, ge=0, description="shortest answer: without, one that never learned to chat may say none"
+    )
     temperature: float = Field(0.7, ge=0, description="0 for the likeliest answer")
 
 
