@@ -1,7 +1,8 @@
 """Tokens per second of the demo's model on two ranks: ours on Ray Train beside the bare loop and transformers' Trainer.
 
-All four do the same steps on the same DeepSpeed config, which their losses show; ours runs with and without
-checkpoints. The clock runs from the end of the warm-up to the end of the last step. Ray is up for our runs only.
+All do the same steps on the same DeepSpeed config, which their losses show; ours runs with and without checkpoints.
+The clock runs from the end of the warm-up to the end of the last step. Ray is up for our runs, and for one more of the
+bare loop beside an idle cluster: what Ray's own processes take of so few cores is no cost of a larger machine.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import os
 import statistics
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +26,10 @@ from app.training.config import TrainConfig
 
 WARM_UP, STEPS, CHECKPOINT_STEPS = 10, 60, 20
 OURS, CHECKPOINTS, BARE, TRAINER = "zero-to-one", "with checkpoints", "torchrun + DeepSpeed", "Trainer + DeepSpeed"
-SCRIPTS = {BARE: "torchrun_deepspeed.py", TRAINER: "hf_trainer.py"}
+BESIDE_RAY = "torchrun beside idle Ray"
+SCRIPTS = {BARE: "torchrun_deepspeed.py", BESIDE_RAY: "torchrun_deepspeed.py", TRAINER: "hf_trainer.py"}
 AIM_BARE, AIM_LOST = 0.98, 0.02
+SETTLE_SECONDS = 10  # for the start of Ray's workers
 CONSTANT_RATE = {"learning_rate": 3e-4, "warmup_steps": 0, "final_learning_rate_ratio": 1.0, "weight_decay": 0.0}
 
 
@@ -61,12 +65,20 @@ def run_other(folder: Path, name: str) -> dict[str, float]:
     return {"seconds": seconds, "loss": statistics.fmean(rank["loss"] for rank in ranks)}
 
 
+def run_beside_ray(folder: Path, name: str) -> dict[str, float]:
+    """`run_other` while a cluster like ours has nothing to do."""
+    with demo_training.cluster(folder / "cluster"):
+        time.sleep(SETTLE_SECONDS)
+        return run_other(folder, name)
+
+
 def measure(given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Every tool `--runs` times, in turn."""
     folder = given.folder
     tools: dict[str, Callable[[], dict[str, float]]] = {
         OURS: lambda: run_ours(folder, OURS, 10**6),
         BARE: lambda: run_other(folder, BARE),
+        BESIDE_RAY: lambda: run_beside_ray(folder, BESIDE_RAY),
         CHECKPOINTS: lambda: run_ours(folder, CHECKPOINTS, CHECKPOINT_STEPS),
         TRAINER: lambda: run_other(folder, TRAINER),
     }
@@ -97,6 +109,7 @@ def main() -> None:
     print(f"waiting for data and in checkpoints, one every {CHECKPOINT_STEPS} steps: {lost} of the steps' time")
     print(f"with checkpoints / without: {ours / checkpoints:.3f}")
     print(f"zero-to-one / {TRAINER}: {median[TRAINER]['seconds'] / ours:.3f}")
+    print(f"zero-to-one / {BESIDE_RAY}: {median[BESIDE_RAY]['seconds'] / ours:.3f}")
     print(f"zero-to-one / {BARE}: {median[BARE]['seconds'] / ours:.3f} (aim {AIM_BARE})")
 
 

@@ -88,6 +88,7 @@ def main() -> None:
     trainer = Trainer(model_of(config), trainer_arguments, train_dataset=dataset_of(config), callbacks=[clock])
     loss = trainer.train().training_loss
     demo_training.answer(output, {"seconds": clock.seconds, "loss": loss})
+    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends before them
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     num_losses = config.num_steps * config.accumulation_steps(world_size)
     demo_training.answer(output, {"seconds": seconds, "loss": float(loss_sum) / num_losses})
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
