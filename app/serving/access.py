@@ -23,7 +23,7 @@ from app.serving.protocol import Answer, AsgiApp, Message, Receive, Send, openai
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/", "/health")
+OPEN_PATHS = ("/", "/health", "/ready")
 CLIENT_GONE = 499  # as nginx writes it: no status was sent
 MODELS = "/v1/models"
 PAGE_HEADERS = [
@@ -37,10 +37,11 @@ _PAGE = Path(__file__).parent / "chat.html"
 class Recorder:
     """Records each request when it has ended."""
 
-    def __init__(self, app: AsgiApp, record: Callable[[AuditRecord], None], model_version: str) -> None:
+    def __init__(self, app: AsgiApp, record: Callable[[AuditRecord], None], version_of: Callable[[str], str]) -> None:
+        """`version_of` tells the digest behind a model's name."""
         self._app = app
         self._record = record
-        self._model_version = model_version
+        self._version_of = version_of
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -77,7 +78,7 @@ class Recorder:
             status=status,
             latency_seconds=round(time.monotonic() - note.began_at, 6),
             model=note.model,
-            model_version=self._model_version if note.model else None,
+            model_version=self._version_of(note.served) if note.served else None,
             prompt_tokens=note.prompt_tokens,
             completion_tokens=note.completion_tokens,
             time_to_first_token_seconds=None if first is None else round(first - note.began_at, 6),
@@ -97,6 +98,7 @@ class Routes:
     models: Mapping[str, Mapping[str, Any]]
     lineage: Mapping[str, Any]
     close: Callable[[], None] = lambda: None
+    is_ready: Callable[[], bool] = lambda: True
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -125,8 +127,10 @@ class Routes:
             return openai_error(405, f"{method[:20]} is not possible here.", code="method_not_allowed")
         if path == "/":
             return Answer(200, PAGE_HEADERS, _PAGE.read_bytes())
-        if path == "/health":
+        if path == "/health":  # of this process
             return whole({"status": "ok"})
+        if path == "/ready":  # of the engines
+            return whole({"status": "ready"}) if self.is_ready() else openai_error(503, "No engine is up yet.")
         if path == "/v1/lineage":
             return whole(self.lineage)
         assert key is not None

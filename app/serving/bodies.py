@@ -25,8 +25,11 @@ class Refused(Exception):  # noqa: N818  # an answer, not a fault
     """The request is answered with this instead."""
 
     def __init__(self, answer: Answer) -> None:
-        super().__init__(f"status {answer.status}")
+        super().__init__(answer)  # pickled, it is made again of this
         self.answer = answer
+
+    def __str__(self) -> str:
+        return f"status {self.answer.status}"
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> Refused:

@@ -49,12 +49,31 @@ class DoorConfig(Config):
     deadline_seconds: float = Field(30, gt=0, description="longest wait before a request gets 429")
 
 
+class CandidateConfig(Config):
+    """A second version of the model, deployed beside the first. It has the same settings and scales by itself."""
+
+    model_uri: str = Field("", description="absolute path or URI of its model artifact; empty for none")
+    model_digest: str = Field("", description="digest its manifest must have; empty for any")
+    traffic_percent: float = Field(0, ge=0, le=100, description="of the model's requests that it answers")
+
+
+class AdaptersConfig(Config):
+    """LoRA adapters on top of the model; each is a model of its own name to clients."""
+
+    folder: str = Field("", description="folder of PEFT folders, the same on all machines; empty for none")
+    max_rank: Literal[8, 16, 32, 64, 128, 256] = Field(64, description="highest rank; higher takes more memory")
+    max_loaded: int = Field(8, ge=1, description="adapters that a replica computes with at the same time")
+
+
 class ServeConfig(Config):
     """What `app.serving.deployment:build_app` takes."""
 
     model_uri: str = Field(description="absolute path or URI of a model artifact, quantized or not")
     model_digest: str = Field("", description="digest its manifest must have; empty for any")
-    model_id: str = Field("zero-to-one", description="the model's name at the endpoint")
+    accept_failed: bool = Field(False, description="serve a model that failed its quantization gate")
+    model_id: str = Field("zero-to-one", pattern=r"^[\w./-]+$", description="the model's name at the endpoint")
+    candidate: CandidateConfig = Field(default_factory=CandidateConfig, description="a new version on trial")
+    adapters: AdaptersConfig = Field(default_factory=AdaptersConfig, description="LoRA adapters served by name")
     min_replicas: int = Field(1, ge=0, description="engine replicas kept without load")
     max_replicas: int = Field(1, ge=1, description="engine replicas under load")
     target_ongoing_requests: int = Field(16, ge=1, description="requests a replica handles before another is started")
@@ -83,11 +102,15 @@ class ServeConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> ServeConfig:
-        if "://" not in self.model_uri and not self.model_uri.startswith("/"):
-            raise ValueError(f"model_uri: {self.model_uri!r} must be an absolute path or a URI")
+        for name, uri in (("model_uri", self.model_uri), ("candidate.model_uri", self.candidate.model_uri or "/")):
+            if "://" not in uri and not uri.startswith("/"):
+                raise ValueError(f"{name}: {uri!r} must be an absolute path or a URI")
+        if self.candidate.traffic_percent and not self.candidate.model_uri:
+            raise ValueError("candidate.model_uri: which model is to take candidate.traffic_percent?")
         if self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas must not be below min_replicas")
-        for name, path in (("keys_file", self.keys_file), ("audit.path", self.audit.path)):
+        paths = {"keys_file": self.keys_file, "audit.path": self.audit.path, "adapters.folder": self.adapters.folder}
+        for name, path in paths.items():
             if path and not path.startswith("/"):
                 raise ValueError(f"{name}: {path!r} must be absolute: a replica runs in a folder of its own")
         if "default" not in self.policies:

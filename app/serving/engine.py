@@ -29,6 +29,14 @@ def engine_arguments(config: ServeConfig, use_gpu: bool) -> dict[str, Any]:
     return arguments
 
 
+def adapter_arguments(config: ServeConfig) -> dict[str, Any]:
+    """Keyword arguments of vLLM's engine for LoRA: none without a folder of adapters."""
+    if not config.adapters.folder:
+        return {}
+    size = config.adapters.max_loaded
+    return {"enable_lora": True, "max_loras": size, "max_cpu_loras": size, "max_lora_rank": config.adapters.max_rank}
+
+
 def engine_environment(config: ServeConfig, use_gpu: bool) -> dict[str, str]:
     """Environment variables of the replica."""
     variables = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}

@@ -17,8 +17,11 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParameters
 from openai.types.embedding_create_params import EmbeddingCreateParams
 from pydantic import ValidationError
+from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS
+from ray.llm._internal.common.models import global_id_manager
+from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -33,6 +36,7 @@ from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress
 from ray.llm._internal.serve.core.ingress.utils import _sanitize_chat_completion_request
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.llm._internal.serve.core.server.llm_server import LLMServer
+from ray.llm._internal.serve.utils.lora_serve_utils import LoraModelLoader
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.llm import LLMConfig
 from ray.util import metrics as ray_metrics
@@ -43,6 +47,7 @@ from app.serving.audit import AuditLog, AuditRecord
 from app.serving.auth import ApiKeyMiddleware, KeyStore
 from app.serving.batching import in_batches
 from app.serving.bodies import Refused, bad_request
+from app.serving.catalog import Adapters, Catalog, Version
 from app.serving.config import ServeConfig
 from app.serving.moderation import build_moderator
 from app.serving.pipeline import Pipeline
@@ -73,19 +78,44 @@ class StreamServer(LLMServer):  # type: ignore[misc]
         if self.engine._oai_serving_tokenization is None:  # Ray 2.60 looks for it under vLLM's former name
             self.engine._oai_serving_tokenization = getattr(self.engine._app_state, "serving_tokenization", None)
 
+    async def _maybe_resolve_lora_from_multiplex(self) -> None:
+        try:
+            await super()._maybe_resolve_lora_from_multiplex()
+        except ValueError as error:
+            logger.error("adapter %s: %s", serve.get_multiplexed_model_id(), error)
+            message = "This adapter cannot be loaded; the server's log says why."
+            raise Refused(openai_error(500, message, code="adapter_not_loaded")) from None
+
     def _batch_output_stream(self, generator: AsyncGenerator[Any, None]) -> AsyncGenerator[list[Any], None]:
         return in_batches(generator, self._get_batch_interval_ms() / 1000)
+
+
+class LocalAdapters(LoraModelLoader):  # type: ignore[misc]
+    """Adapters from a folder that each machine has; Ray's own loader takes only a cloud's buckets."""
+
+    def __init__(self, folder: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._folder = folder
+
+    async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> DiskMultiplexConfig:
+        """Where an adapter lies. The engine reads it, and says what is wrong with it."""
+        path, number = f"{self._folder}/{lora_model_id}", global_id_manager.next()
+        return DiskMultiplexConfig(
+            model_id=lora_model_id, max_total_tokens=None, local_path=path, lora_assigned_int_id=number
+        )
 
 
 class Gateway(OpenAiIngress):  # type: ignore[misc]
     """One ingress replica."""
 
     def __init__(
-        self, args: ServeConfig, keys: KeyStore, facts: Mapping[str, Any], llm_deployments: Any, model_cards: Any
+        self, args: ServeConfig, keys: KeyStore, versions: Sequence[Version], lineage: Mapping[str, Any], **engines: Any
     ) -> None:
-        """`facts` are the served model's: lineage and context_tokens."""
-        super().__init__(llm_deployments, model_cards)
-        self._args, self._keys, self._facts = args, keys, facts
+        """`versions` are the model and, if there is one, the candidate; `engines` what Ray's own ingress takes."""
+        super().__init__(**engines)
+        self._args, self._keys, self._lineage = args, keys, lineage
+        adapters = Adapters(args.adapters.folder, args.adapters.max_rank)
+        self._catalog = Catalog(versions, args.candidate.traffic_percent, adapters)
         self._audit = AuditLog(args.audit) if args.audit.path else None
         self._door = Door(args.door)
         self._instruments = _instruments()
@@ -96,17 +126,33 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
             await ledger.apply([])  # else the first request would wait for its process
         pipeline = Pipeline(
             ask=self.ask,
-            models=list(self._model_cards),
+            models=self._catalog,
+            choose=self._catalog.choose,
             moderator=build_moderator(args.policies, args.word_uris, args.encoder_dir),
             teller=Teller(ledger.apply),
             door=self._door,
-            context_tokens=self._facts["context_tokens"],
+            context_tokens=self._catalog.context_tokens,
             with_text=args.audit.with_text,
         )
-        cards = {name: card.model_dump(mode="json") for name, card in self._model_cards.items()}
-        routes = Routes(pipeline, cards, self._facts["lineage"], self._audit.close if self._audit else lambda: None)
+        close = self._audit.close if self._audit else lambda: None
+        routes = Routes(pipeline, self._catalog, self._lineage, close, self._is_ready)
         guarded = ApiKeyMiddleware(routes, self._keys, args.max_body_bytes, OPEN_PATHS)
-        return Recorder(guarded, self._record, self._facts["lineage"]["digest"])
+        return Recorder(guarded, self._record, lambda name: self._catalog.version_of(name).digest)
+
+    def _is_ready(self) -> bool:
+        """Whether each version has a replica, or would start one."""
+        return self._args.min_replicas == 0 or all(
+            self._get_configured_serve_handle(version.name).running_replicas_populated()
+            for version in self._catalog.versions
+        )
+
+    def _get_configured_serve_handle(self, model_id: str) -> Any:
+        """As Ray's, which knows adapters by the base model's name and theirs; here they have names of their own."""
+        known = self._configured_serve_handles
+        if model_id not in known and self._catalog.is_adapter(model_id):
+            engines = self._default_serve_handles[self._catalog.model.name]
+            known[model_id] = engines.options(stream=True, multiplexed_model_id=model_id)
+        return super()._get_configured_serve_handle(model_id)
 
     async def ask(self, operation: str, body: dict[str, Any]) -> AsyncGenerator[Any, None]:
         """The engine's answer: one mapping, or lists of events. Raises Refused."""
@@ -186,9 +232,9 @@ class ClusterLedger:
         return actor.remote(starts_empty=self._was_there)
 
 
-def model_cards(llm_config: LLMConfig) -> dict[str, Any]:
-    """What GET /v1/models says, by model id."""
-    return {llm_config.model_id: to_model_metadata(llm_config.model_id, llm_config)}
+def model_card(llm_config: LLMConfig) -> Any:
+    """Ray's description of a model, which its ingress asks for; GET /v1/models tells the catalog's."""
+    return to_model_metadata(llm_config.model_id, llm_config)
 
 
 def _instruments() -> dict[str, Any]:
@@ -244,6 +290,8 @@ def _unwrapped(response: Any) -> Any:
 
 def _refused(error: Exception) -> Refused:
     cause = getattr(error, "cause", None) or error
+    if isinstance(cause, Refused):
+        return cause
     if isinstance(cause, VLLM_CLIENT_ERRORS) or isinstance(error, VLLM_CLIENT_ERRORS):
         return bad_request(
             str(cause).strip().splitlines()[-1][:500] if str(cause).strip() else "The request is invalid."

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,7 +66,8 @@ class Note:
 
     began_at: float = field(default_factory=time.monotonic)
     key_name: str | None = None
-    model: str | None = None
+    model: str | None = None  # that was asked for
+    served: str | None = None  # the one that answers
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     first_token_at: float | None = None  # of streams
@@ -103,12 +104,13 @@ class Pipeline:
     """One per ingress replica."""
 
     ask: Ask
-    models: Sequence[str]
+    models: Collection[str]
     moderator: Moderator
     teller: Teller
     door: Door
     context_tokens: int
     with_text: bool = False
+    choose: Callable[[str], str] = str  # which model answers for a name
 
     async def answer(self, operation: str, key: Key, raw: bytes, note: Note, send: Send) -> None:
         """Answer a request. Cancelled, it frees what it holds."""
@@ -124,7 +126,8 @@ class Pipeline:
 
     def _read(self, operation: str, key: Key, raw: bytes, note: Note) -> _Call:
         body = bodies.read_body(raw)
-        note.model = body["model"] = self._model(body, key)
+        note.model = self._model(body, key)
+        note.served = body["model"] = self.choose(note.model)
         try:
             policy = self.moderator.policy(key.policy)
         except ValueError as error:
@@ -139,7 +142,7 @@ class Pipeline:
     def _model(self, body: Mapping[str, Any], key: Key) -> str:
         model = body.get("model")
         if model is None and len(self.models) == 1:
-            model = self.models[0]
+            model = next(iter(self.models))
         if not isinstance(model, str):
             raise bodies.bad_request("model must be a string.", "model")
         if model not in self.models or not key.may_use(model):

@@ -61,7 +61,13 @@ def keys_fixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
 def config_fixture(
     cluster: LocalCluster, folders: tuple[Path, Path], keys: tuple[Path, dict[str, str]]
 ) -> DeployConfig:
-    packed, _ = folders
+    from tests.serving.tiny import write_adapter
+
+    packed, twin = folders
+    adapters = packed.parent / "adapters"
+    for seed, name in enumerate(("poet", "broken")):
+        write_adapter(twin, adapters / name, seed)
+    (adapters / "broken" / "adapter_model.safetensors").write_bytes(b"not safetensors")
     document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     words = packed.parent / "words.txt"
     words.write_text(f"category: invented\n{FORBIDDEN}\n", encoding="utf-8")
@@ -71,6 +77,7 @@ def config_fixture(
         "word_uris": [str(words)],
         "max_body_bytes": MAX_BODY_BYTES,
         "audit": {"path": str(packed.parent / "audit")},
+        "adapters": {"folder": str(adapters), "max_rank": 16},
     }
     path = packed.parent / "given.yaml"
     path.write_text(yaml.safe_dump(document))
@@ -92,7 +99,7 @@ def client_fixture(cluster: LocalCluster, config: DeployConfig) -> Iterator[open
 
 
 def test_the_model_is_listed(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [MODEL]
+    assert [model.id for model in client.models.list()] == [MODEL, "broken", "poet"]
 
 
 @pytest.mark.parametrize("key", ["wrong", "0" * 64])
@@ -123,16 +130,26 @@ def test_a_stream_says_the_same_as_an_answer_at_once(client: openai.OpenAI) -> N
 def test_logprobs_are_those_of_the_dequantized_weights(
     client: openai.OpenAI, folders: tuple[Path, Path], num_prompt_tokens: int
 ) -> None:
+    from app.models import load_model
+
+    said, found, wanted = forced_decoding(client, MODEL, load_model(folders[1]), folders[1], num_prompt_tokens)
+    assert len(said) == 16
+    assert found == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
+
+
+def forced_decoding(
+    client: openai.OpenAI, name: str, twin: Any, folder: Path, num_prompt_tokens: int
+) -> tuple[list[int], list[float], list[float]]:
+    """What the endpoint says after a prompt, with its logprobs and those of the twin for the same tokens."""
     import torch
 
-    from app.models import load_model, load_tokenizer
+    from app.models import load_tokenizer
     from tests.serving.tiny import TEXT
 
-    twin = load_model(folders[1])
-    prompt = load_tokenizer(folders[1])(TEXT * 8)["input_ids"][:num_prompt_tokens]
+    prompt = load_tokenizer(folder)(TEXT * 8)["input_ids"][:num_prompt_tokens]
     assert len(prompt) == num_prompt_tokens
     answer = client.completions.create(
-        model=MODEL,
+        model=name,
         prompt=prompt,
         max_tokens=16,
         temperature=0,
@@ -143,9 +160,79 @@ def test_logprobs_are_those_of_the_dequantized_weights(
     tokens = [int(token.removeprefix("token_id:")) for token in found.tokens]
     with torch.inference_mode():
         logits = twin(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-    wanted = logits.log_softmax(-1)[range(len(tokens)), tokens].tolist()
-    assert len(tokens) == 16
-    assert found.token_logprobs == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
+    return tokens, found.token_logprobs, logits.log_softmax(-1)[range(len(tokens)), tokens].tolist()
+
+
+def test_adapters_and_the_base_answer_each_by_its_name(
+    client: openai.OpenAI, folders: tuple[Path, Path], config: DeployConfig
+) -> None:
+    """One that was there, and one that is put there now; over 4-bit weights."""
+    from app.models import load_model
+    from tests.serving.tiny import write_adapter
+
+    adapters = Path(config.resolve("adapters"))
+    twins = {"poet": write_adapter(folders[1], adapters.parent / "again", 0)}
+    twins["late"] = write_adapter(folders[1], adapters / "late", 2)
+    deadline = time.monotonic() + 30
+    while "late" not in {model.id for model in client.models.list()}:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    answers = {MODEL: forced_decoding(client, MODEL, load_model(folders[1]), folders[1], 20)}
+    for name in ("poet", "late", "poet"):
+        answers[name] = forced_decoding(client, name, twins[name], folders[1], 20)
+    for _, found, wanted in answers.values():
+        assert found == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
+    assert len({tuple(tokens) for tokens, _, _ in answers.values()}) == 3
+    assert {model.id: getattr(model, "parent", None) for model in client.models.list()}["late"] == MODEL
+
+
+def test_an_adapter_that_cannot_be_loaded_harms_no_other(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError, match="adapter"):
+        client.completions.create(model="broken", prompt="孔明", max_tokens=1)
+    assert client.completions.create(model=MODEL, prompt="孔明", max_tokens=1).choices
+
+
+def test_choices_seeds_and_stops(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": MODEL, "prompt": "孔明", "max_tokens": 8, "temperature": 1.0}
+    options |= {"extra_body": {"ignore_eos": True}}
+    several = client.completions.create(**options, n=3, seed=7, logprobs=2)
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    assert len({choice.text for choice in several.choices}) > 1
+    assert all(len(choice.logprobs.token_logprobs) == 8 for choice in several.choices)
+    assert several.usage.completion_tokens == 24
+    again = client.completions.create(**options, n=3, seed=7)
+    assert [choice.text for choice in again.choices] == [choice.text for choice in several.choices]
+    streamed: dict[int, str] = {}
+    for chunk in client.completions.create(**options, n=2, seed=7, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] = streamed.get(choice.index, "") + choice.text
+    assert streamed == {choice.index: choice.text for choice in several.choices[:2]}
+    text = several.choices[0].text
+    stopped = client.completions.create(**options, seed=7, n=3, stop=text[3]).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == text[: text.index(text[3])]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_json_schema_is_kept_to(client: openai.OpenAI, stream: bool) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["孔明", "玄德"]}, "wise": {"type": "boolean"}},
+        "required": ["name", "wise"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=200, temperature=1, seed=1, response_format=wanted, stream=stream
+    )
+    if stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in answer if chunk.choices)
+    else:
+        text = answer.choices[0].message.content
+    found = json.loads(text)
+    assert found["name"] in ("孔明", "玄德")
+    assert isinstance(found["wise"], bool)
+    assert len(found) == 2
 
 
 def test_the_replica_reports_4_bit_weights_at_work(client: openai.OpenAI, cluster: LocalCluster) -> None:
@@ -358,6 +445,7 @@ def test_what_needs_no_engine(client: openai.OpenAI, config: DeployConfig) -> No
     assert page.headers["x-content-type-options"] == "nosniff"
     assert "<title>zero-to-one</title>" in page.text
     assert httpx.get(f"{root}health").json() == {"status": "ok"}
+    assert httpx.get(f"{root}ready").json() == {"status": "ready"}
     assert httpx.get(f"{root}v1/lineage").status_code == 401
     key = {"authorization": f"Bearer {client.api_key}"}
     told = httpx.get(f"{root}v1/lineage", headers=key).json()
@@ -425,6 +513,41 @@ def replica_ids() -> set[str]:
 
     actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
     return {actor.actor_id for actor in actors if "ServeReplica" in actor.class_name}
+
+
+def test_a_candidate_takes_its_share(client: openai.OpenAI, config: DeployConfig, folders: tuple[Path, Path]) -> None:
+    """The float32 twin beside the 4-bit model, deployed while the endpoint answers."""
+    from app.artifacts import Manifest, publish
+    from app.config import RunConfig
+    from app.serving import stage
+
+    told = publish(Manifest.draft("model", str(folders[1]), RunConfig(), {}), {})
+    path = Path(config.serve_config)
+    document = yaml.safe_load(path.read_text())
+    candidate = {"model_uri": told.uri, "model_digest": told.digest, "traffic_percent": 50}
+    document["applications"][0]["args"] |= {"candidate": candidate}
+    path.write_text(yaml.safe_dump(document))
+    stage.run(config)
+    assert f"{MODEL}-candidate" in {model.id for model in client.models.list()}
+    ask = {"prompt": "孔明", "max_tokens": 1}
+    answered = [client.completions.create(model=MODEL, **ask).model for _ in range(24)]
+    assert set(answered) == {MODEL, f"{MODEL}-candidate"}  # by chance not: once in 8 million runs
+    assert client.completions.create(model=f"{MODEL}-candidate", **ask).model == f"{MODEL}-candidate"
+    root = str(client.base_url).removesuffix("v1/")
+    lineage = httpx.get(f"{root}v1/lineage", headers={"authorization": f"Bearer {client.api_key}"}).json()
+    assert lineage["candidate"]["digest"] == told.digest
+    versions = {lineage["digest"], told.digest}
+    deadline = time.monotonic() + 10
+    while versions - {record["model_version"] for record in audited(config)}:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def audited(config: DeployConfig) -> list[dict[str, Any]]:
+    """The records of the audit log so far."""
+    paths = sorted(Path(config.resolve("audit")).glob("audit-*.jsonl"))
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in lines]
 
 
 @pytest.mark.parametrize(

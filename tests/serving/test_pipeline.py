@@ -103,7 +103,7 @@ class Endpoint:
         store = KeyStore(
             fixed=[Key(name=name, digest=digest(name), **more) for name, more in ({"k": {}} | keys).items()]
         )
-        self.app = Recorder(ApiKeyMiddleware(routes, store, 10_000, OPEN_PATHS), self.records.append, "3f")
+        self.app = Recorder(ApiKeyMiddleware(routes, store, 10_000, OPEN_PATHS), self.records.append, lambda name: "3f")
 
     async def apply(self, operations: Sequence[Any]) -> Any:
         if not self.ledger_is_there:

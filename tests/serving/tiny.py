@@ -81,6 +81,30 @@ def write_models(folder: Path) -> tuple[Path, Path]:
     return packed, twin
 
 
+def write_adapter(twin: Path, folder: Path, seed: int) -> LlamaForCausalLM:
+    """A LoRA adapter with random weights in PEFT's layout; the twin with the adapter merged into it.
+
+    W + alpha / r · B A, after Hu et al. 2021 (https://arxiv.org/abs/2106.09685); large enough to change what it says.
+    """
+    torch.manual_seed(seed)
+    rank, alpha = 8, 16
+    model = LlamaForCausalLM.from_pretrained(twin).eval()
+    tensors = {}
+    for name, weight in model.named_parameters():
+        if name.endswith("_proj.weight"):
+            down, up = torch.randn(rank, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], rank) * 0.1
+            stem = "base_model.model." + name.removesuffix(".weight")
+            tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+            weight.data += alpha / rank * up @ down
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "target_modules": names}
+    settings |= {"bias": "none", "base_model_name_or_path": "twin"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return model
+
+
 def _quantization_config() -> dict[str, object]:
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP_SIZE, "symmetric": False}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
