@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["corpus", "augmented", "tokenizer", "tokens", "model", "report"]
 EVALUATION = "evaluation"  # begins the names of inputs that were kept out of a corpus
+GATE = "gate"  # the figure of a model that says whether it may be served: "passed", or "failed: …"
 MANIFEST_NAME = "manifest.json"
 _WHERE_NOT_WHAT = {"storage_uri", "overwrite"}  # settings that change where or whether, not what is made
 

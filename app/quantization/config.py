@@ -22,6 +22,10 @@ class QuantizeConfig(RunConfig):
     ignore: list[str] = Field(["lm_head"], description="linear layers left as they are, by name or re:pattern")
     num_calibration_samples: int = Field(64, ge=1, description="windows of clean text that AWQ looks at")
     num_comparison_documents: int = Field(200, ge=1, description="held-out documents for the bits-per-byte comparison")
+    max_loss_percent: float = Field(
+        2.0, description="gate: bits per byte may grow by so much on held-out text; above, serving refuses the model"
+    )
+    search: bool = Field(False, description="try smaller groups, down to 32, until the gate is passed")
     num_cpus: int = Field(2, ge=1, description="CPUs of the task, each a thread; AWQ searches on them without a GPU")
     seed: int = Field(0, ge=0, description="choice of the calibration text")
 
@@ -29,4 +33,11 @@ class QuantizeConfig(RunConfig):
         """What is read and written."""
         from app.artifacts import states  # fsspec is not needed to answer --help
 
-        return [f"quantize {self.resolve(self.model_uri)} to 4-bit AWQ, groups of {self.group_size}", *states(self)]
+        sizes = ", then ".join(map(str, self.group_sizes))
+        what = f"quantize {self.resolve(self.model_uri)} to 4-bit AWQ, groups of {sizes}"
+        return [f"{what}; gate at {self.max_loss_percent:+g} % bits per byte", *states(self)]
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Those to try in order, the smallest files first."""
+        return [size for size in (128, 64, 32) if size <= self.group_size] if self.search else [self.group_size]

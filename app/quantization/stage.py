@@ -1,7 +1,8 @@
 """Quantization stage: a Ray task with llm-compressor's overlay first on its path makes the 4-bit model.
 
 llm-compressor and vLLM pin different versions of compressed-tensors; the overlay holds the former's and is seen by
-this task alone. The result's bits per byte are measured beside the source's, on the same held-out documents.
+this task alone. The result's bits per byte are measured beside the source's, on the same held-out documents: what loses
+more than the gate allows is kept and marked, and the endpoint refuses it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import ray
 
 from app import cluster, storage
-from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
+from app.artifacts import GATE, Manifest, clear, find_complete, publish, read_manifest
 from app.documents import sample_texts
 from app.quantization.awq import refuse_group_size
 from app.quantization.config import QuantizeConfig
@@ -26,6 +27,7 @@ from app.quantization.config import QuantizeConfig
 logger = logging.getLogger(__name__)
 
 OVERLAY_DIR = Path(sys.prefix) / "overlays" / "quantization"
+PASSED = "passed"
 CALIBRATION_DOCUMENTS = 20_000  # read at most; the sample is drawn from them
 
 
@@ -43,7 +45,9 @@ def run(config: QuantizeConfig) -> Manifest:
             f"pip install --no-deps --target {OVERLAY_DIR} -r requirements/quantization.lock"
         )
     with storage.open_file(f"{model.uri}/config.json") as file:
-        refuse_group_size(json.load(file), config.group_size)
+        model_config = json.load(file)
+    for size in config.group_sizes:
+        refuse_group_size(model_config, size)
     clear(uri)
     cluster.connect()
     logger.info("quantizing %s, group size %d", model.uri, config.group_size)
@@ -53,7 +57,17 @@ def run(config: QuantizeConfig) -> Manifest:
         num_cpus=config.num_cpus,
         num_gpus=1 if cluster.has_gpu() else 0,
     )
-    return publish(draft, ray.get(task.remote(model.uri, corpus.uri, uri, config)))
+    figures = ray.get(task.remote(model.uri, corpus.uri, uri, config))
+    if figures[GATE] != PASSED:
+        logger.error("%s: %s; the endpoint will refuse it", uri, figures[GATE])
+    return publish(draft, figures)
+
+
+def judge(loss_percent: float, max_loss_percent: float) -> str:
+    """What the gate says of a loss: PASSED, or why not. A loss that is not a number passes no gate."""
+    if loss_percent <= max_loss_percent:
+        return PASSED
+    return f"failed: bits per byte {loss_percent:+.2f} %, allowed {max_loss_percent:+g} % (max_loss_percent)"
 
 
 def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig) -> dict[str, Any]:
@@ -63,27 +77,38 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
     from app.quantization import awq
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    tried: dict[str, float] = {}
     with storage.local_copy(model_uri) as model_dir, tempfile.TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(model_dir)
-        model = load_model(model_dir, "bfloat16" if device == "cuda" else "float32").to(device)
-        if hasattr(model.config, "quantization_config"):
-            raise ValueError(f"model_uri: {model_uri} is quantized already; name the model it was made from")
         held_out = sample_texts(corpus_uri, "held_out", config.num_comparison_documents)
-        before = _bits_per_byte(model, tokenizer, held_out)
         documents = encode(tokenizer, sample_texts(corpus_uri, "train", CALIBRATION_DOCUMENTS))
-        window_tokens = model.config.max_position_embeddings
-        windows = awq.choose_windows(documents, config.num_calibration_samples, min(window_tokens, 2048), config.seed)
-        awq.quantize(model, windows, config.group_size, config.symmetric, config.ignore)
-        after = _bits_per_byte(model, tokenizer, held_out)
+        before: float | None = None
+        for group_size in config.group_sizes:
+            model = load_model(model_dir, "bfloat16" if device == "cuda" else "float32").to(device)
+            if hasattr(model.config, "quantization_config"):
+                raise ValueError(f"model_uri: {model_uri} is quantized already; name the model it was made from")
+            before = before or _bits_per_byte(model, tokenizer, held_out)
+            window_tokens = min(model.config.max_position_embeddings, 2048)
+            windows = awq.choose_windows(documents, config.num_calibration_samples, window_tokens, config.seed)
+            awq.quantize(model, windows, group_size, config.symmetric, config.ignore)
+            after = _bits_per_byte(model, tokenizer, held_out)
+            loss_percent = round(100 * (after / before - 1), 2)
+            tried[f"group_{group_size}"] = loss_percent
+            verdict = judge(loss_percent, config.max_loss_percent)
+            logger.info("group size %d: bits per byte %.4f -> %.4f, %s", group_size, before, after, verdict)
+            if verdict == PASSED:
+                break
         model.save_pretrained(folder, save_compressed=True)
         load_tokenizer(model_dir).save_pretrained(folder)
         sizes = awq.linear_sizes(Path(folder))
         storage.upload(Path(folder), uri)
-    logger.info("bits per byte %.4f -> %.4f, linear weights %.1f %%", before, after, sizes["linear_percent"])
     return {
-        "bits_per_byte_before": round(before, 4),
+        "bits_per_byte_before": round(before or math.nan, 4),
         "bits_per_byte_after": round(after, 4),
-        "loss_percent": round(100 * (after / before - 1), 2),
+        "loss_percent": loss_percent,
+        GATE: verdict,
+        "group_size": group_size,
+        "tried_loss_percent": tried,
         "calibration_tokens": sum(map(len, windows)),
         **sizes,
     }

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def settings(root: Path, **changes: object) -> QuantizeConfig:
-    values = {"storage_uri": str(root), "group_size": 128, "num_calibration_samples": 16}
+    values = {"storage_uri": str(root), "group_size": 128, "num_calibration_samples": 16, "max_loss_percent": 5.0}
     return QuantizeConfig.model_validate(values | changes)
 
 
@@ -35,6 +35,7 @@ def quantized(root: Path, cluster: object) -> Manifest:
 def test_the_packed_weights_are_small_and_the_loss_is_bounded(root: Path, quantized: Manifest) -> None:
     figures = quantized.figures
     assert figures["linear_percent"] <= 14
+    assert (figures["gate"], figures["group_size"]) == ("passed", 128)
     assert abs(figures["loss_percent"]) < 5
     assert figures["bits_per_byte_before"] < 0.5 * UNTRAINED_BITS_PER_BYTE  # something has been learned: it can be lost
     with safe_open(root / "quantized" / "model.safetensors", "np") as file:
@@ -68,6 +69,33 @@ def test_the_same_seed_gives_the_same_weights_and_a_rerun_skips(root: Path, quan
     assert again.figures == quantized.figures
     name = "model.safetensors"
     assert (root / "again" / name).read_bytes() == (root / "quantized" / name).read_bytes()
+
+
+def test_the_gate_is_a_limit_that_nothing_unknown_passes() -> None:
+    assert stage.judge(2.0, 2.0) == stage.judge(-1.0, 0.0) == stage.PASSED
+    assert stage.judge(2.01, 2.0) == "failed: bits per byte +2.01 %, allowed +2 % (max_loss_percent)"
+    assert stage.judge(math.nan, 2.0).startswith("failed")
+
+
+def test_what_loses_too_much_is_marked_after_all_sizes_were_tried_and_not_served(
+    root: Path, cluster: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No quantization gains ninety percent."""
+    from app.config import validate
+    from app.serving import deployment
+    from app.serving.config import ServeConfig
+
+    found = stage.run(settings(root, output_uri="refused", max_loss_percent=-90.0, search=True))
+    assert str(found.figures["gate"]).startswith("failed: bits per byte")
+    assert found.figures["group_size"] == 32
+    tried = found.figures["tried_loss_percent"]
+    assert isinstance(tried, dict)
+    assert list(tried) == ["group_128", "group_64", "group_32"]
+    assert tried["group_32"] == found.figures["loss_percent"]
+    monkeypatch.setenv("ZERO_TO_ONE_API_KEY", "k")
+    with pytest.raises(ValueError, match=r"its gate failed: .* set accept_failed"):
+        deployment.build_app(validate(ServeConfig, {"model_uri": found.uri}))
+    assert deployment.build_app(validate(ServeConfig, {"model_uri": found.uri, "accept_failed": True}))
 
 
 def test_a_missing_overlay_names_the_command_that_installs_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
