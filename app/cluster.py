@@ -7,6 +7,7 @@ It does not describe remote clusters; ray_cluster.yaml and deploy/ do.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -150,12 +152,22 @@ def start_local(config: LocalClusterConfig) -> LocalCluster:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("token", "api_key"):
         _write_secret(folder / name, secrets.token_hex(32))
+    with _one_start_at_a_time():
+        return _start(config, folder)
+
+
+def _start(config: LocalClusterConfig, folder: Path) -> LocalCluster:
     temp_dir = Path("/tmp") / f"z21-{hashlib.sha256(str(folder).encode()).hexdigest()[:10]}"  # socket paths are short
     gcs_port, dashboard_port, endpoint_port = _free_ports(6379, config.dashboard_port, config.endpoint_port)
     command = _command(config, temp_dir, gcs_port, dashboard_port)
     with (folder / "ray.log").open("wb") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, env=_environment(folder)
+            command,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=_environment(folder),
         )
     cluster = LocalCluster(
         pid=process.pid,
@@ -170,6 +182,14 @@ def start_local(config: LocalClusterConfig) -> LocalCluster:
     _write_secret(folder / "env", exports)
     _wait_until_up(cluster, process)
     return cluster
+
+
+@contextmanager
+def _one_start_at_a_time() -> Iterator[None]:
+    """From the choice of free ports until they are taken: two clusters would choose the same ones."""
+    with open(f"/tmp/z21-start-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def find_local(folder: Path) -> LocalCluster | None:
