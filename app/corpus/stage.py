@@ -36,9 +36,9 @@ from app.records import SPLITS
 
 logger = logging.getLogger(__name__)
 
-DOCUMENTS_A_PARTITION = 1_000_000  # of 21 buckets of 16 bytes each
-CHARACTERS_A_PARTITION = 64 << 20  # of 8 bytes a shingle, should all be candidates
-MAX_PARTITIONS = 512
+DOCUMENTS_A_PARTITION = 50_000  # of 21 buckets of 16 bytes each: sorting them stays below what a worker's imports take
+CHARACTERS_A_PARTITION = 16 << 20  # of 8 bytes a shingle, should all be candidates
+MAX_PARTITIONS = 1024  # they exchange their square in objects
 REPORT_SECONDS = 10
 
 
