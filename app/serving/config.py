@@ -81,7 +81,13 @@ class ServeConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
     )
-    kv_cache_gib: int = Field(1, ge=1, description="memory for keys and values on a CPU; a GPU's is found by vLLM")
+    kv_cache_gib: float = Field(0, ge=0, description="a CPU replica's keys and values; 0: from context and free memory")
+    threads_per_replica: int = Field(0, ge=0, description="of a CPU replica; 0: the cores, divided by the replicas")
+    gpu_memory_utilization: float = Field(0, ge=0, le=1, description="a GPU's memory that vLLM fills; 0: its default")
+    max_num_seqs: int = Field(0, ge=0, description="sequences computed together; 0: 64 on a CPU, vLLM's on a GPU")
+    max_num_batched_tokens: int = Field(
+        0, ge=0, description="tokens of one step, longer prompts are cut; 0: 2048 on a CPU, vLLM's on a GPU"
+    )
     gpus_per_replica: int = Field(1, ge=1, description="tensor parallel size where there are GPUs")
     enforce_eager: bool = Field(False, description="no compilation: starts faster, answers slower")
     api_key_variable: str = Field(API_KEY_VARIABLE, description="environment variable with the keys, comma-separated")

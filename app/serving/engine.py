@@ -1,31 +1,83 @@
-"""The vLLM engine's settings: a pure function of ServeConfig and of whether there is a GPU."""
+"""The vLLM engine's settings: a pure function of ServeConfig, the model's config.json and the machine.
+
+On a GPU vLLM finds them by itself. On a CPU it would take nine tenths of the memory for its cache and bind the threads
+of every replica to the same cores. Memory and threads are therefore derived here, unless given: from what the machine
+that builds the application has, as if all replicas ran on it. Give them where replicas run on other machines.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from app import storage
 from app.serving.config import ServeConfig
 
-CPU_CHUNK_TOKENS = 2048
+CPU_SEQUENCES = 64  # computed together; more share the same arithmetic, and each token of all takes longer
+CPU_CHUNK_TOKENS = 2048  # of prompts in one step; a longer prompt is cut, and others' tokens come in between
+FULL_SEQUENCES = 16  # that fit in the cache at the model's full context, or four times as many at a quarter of it
+CACHE_SHARE = 4  # at most this part of the free memory is cache, of all replicas together
+MIN_CACHE_BYTES = 256 << 20  # room for prefixes to be found again
+BLOCK_TOKENS = 128  # of vLLM's cache on a CPU
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def engine_arguments(config: ServeConfig, use_gpu: bool) -> dict[str, Any]:
-    """Keyword arguments of vLLM's engine."""
+@dataclass(frozen=True)
+class Machine:
+    """What the settings of an engine on a CPU depend on."""
+
+    num_cores: int  # physical ones that this process may use
+    available_bytes: int  # of memory
+
+
+def read_machine() -> Machine:
+    """This machine, within the limits of its container (cgroup v2)."""
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    num_cores = len({_words(topology.format(cpu)) or (str(cpu),) for cpu in os.sched_getaffinity(0)})
+    quota, period = (_words("/sys/fs/cgroup/cpu.max") or ("max", "1"))[:2]
+    if quota != "max":
+        num_cores = min(num_cores, max(1, int(quota) // int(period)))
+    meminfo = Path("/proc/meminfo").read_text().splitlines()
+    (available,) = (int(line.split()[1]) << 10 for line in meminfo if line.startswith("MemAvailable:"))
+    (limit,) = _words("/sys/fs/cgroup/memory.max") or ("max",)
+    if limit != "max":
+        used = int(_words("/sys/fs/cgroup/memory.current")[0])
+        statistics = _words("/sys/fs/cgroup/memory.stat")
+        reclaimable = int(statistics[statistics.index("inactive_file") + 1])
+        available = min(available, max(0, int(limit) - used + reclaimable))
+    return Machine(num_cores, available)
+
+
+def engine_arguments(config: ServeConfig, use_gpu: bool, machine: Machine | None = None) -> dict[str, Any]:
+    """Keyword arguments of vLLM's engine; without a machine, for this one.
+
+    Raises ValueError when neither the config nor the model tells what a CPU's cache depends on.
+    """
     arguments: dict[str, Any] = {
         "dtype": _dtype(config, use_gpu),
         "enforce_eager": config.enforce_eager,
         "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
         "trust_remote_code": False,
         "load_format": "safetensors",
     }
-    if config.max_model_len:
-        arguments["max_model_len"] = config.max_model_len
+    given = {
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs or (0 if use_gpu else CPU_SEQUENCES),
+        "max_num_batched_tokens": config.max_num_batched_tokens or (0 if use_gpu else CPU_CHUNK_TOKENS),
+    }
+    arguments |= {name: value for name, value in given.items() if value}
     if use_gpu:
         arguments["tensor_parallel_size"] = config.gpus_per_replica
+        if config.gpu_memory_utilization:
+            arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
     else:
-        arguments["max_num_batched_tokens"] = CPU_CHUNK_TOKENS
+        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * (1 << 30)) or _cache_bytes(
+            config, machine or read_machine()
+        )
     return arguments
 
 
@@ -37,12 +89,16 @@ def adapter_arguments(config: ServeConfig) -> dict[str, Any]:
     return {"enable_lora": True, "max_loras": size, "max_cpu_loras": size, "max_lora_rank": config.adapters.max_rank}
 
 
-def engine_environment(config: ServeConfig, use_gpu: bool) -> dict[str, str]:
-    """Environment variables of the replica."""
+def engine_environment(config: ServeConfig, use_gpu: bool, machine: Machine | None = None) -> dict[str, str]:
+    """Environment variables of the replica; without a machine, for this one.
+
+    On a CPU, the number of its threads, not bound to cores: replicas share this environment, hence would the binding.
+    """
     variables = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if not use_gpu:
-        variables |= {"VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib)}
-    return variables
+    if use_gpu:
+        return variables
+    num_threads = config.threads_per_replica or max(1, (machine or read_machine()).num_cores // config.max_replicas)
+    return variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(num_threads)}
 
 
 def model_source(uri: str) -> str | dict[str, str]:
@@ -54,15 +110,46 @@ def context_tokens(config: ServeConfig) -> int:
     """Tokens of prompt and answer together. Raises ValueError when neither the config nor the model says it."""
     if config.max_model_len:
         return config.max_model_len
-    with storage.open_file(f"{config.model_uri}/config.json") as file:
-        settings = json.load(file)
-    found = settings.get("max_position_embeddings") or settings.get("text_config", {}).get("max_position_embeddings")
+    found = _model_settings(config).get("max_position_embeddings")
     if not found:
         raise ValueError(f"max_model_len: {config.model_uri}/config.json does not tell the context; set it")
     return int(found)
+
+
+def _cache_bytes(config: ServeConfig, machine: Machine) -> int:
+    """Of one replica: what some sequences of full length take, within a share of the machine; at least one of them."""
+    block = BLOCK_TOKENS * _token_bytes(config)
+    blocks_of_one = -(-context_tokens(config) // BLOCK_TOKENS)
+    one, some = (block * (count * blocks_of_one + 1) for count in (1, FULL_SEQUENCES))  # vLLM keeps a block for itself
+    share = machine.available_bytes // CACHE_SHARE // config.max_replicas
+    return max(one, min(share, max(some, MIN_CACHE_BYTES)))
+
+
+def _token_bytes(config: ServeConfig) -> int:
+    """Of the keys and values of one token in all layers."""
+    settings = _model_settings(config)
+    try:
+        num_heads = settings["num_attention_heads"]
+        width = settings.get("head_dim") or settings["hidden_size"] // num_heads
+        num_key_value_heads = settings.get("num_key_value_heads") or num_heads
+        elements = 2 * settings["num_hidden_layers"] * num_key_value_heads * width
+    except KeyError as missing:
+        raise ValueError(f"kv_cache_gib: {config.model_uri}/config.json has no {missing}; set it") from None
+    return int(elements * ELEMENT_BYTES[_dtype(config, use_gpu=False)])
+
+
+def _model_settings(config: ServeConfig) -> dict[str, Any]:
+    with storage.open_file(f"{config.model_uri}/config.json") as file:
+        settings: dict[str, Any] = json.load(file)
+    return settings | settings.get("text_config", {})
 
 
 def _dtype(config: ServeConfig, use_gpu: bool) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if use_gpu else "float32"  # few CPUs multiply in bfloat16
+
+
+def _words(path: str) -> tuple[str, ...]:
+    """Of a file of the kernel; none where it does not exist."""
+    return tuple(Path(path).read_text().split()) if Path(path).exists() else ()

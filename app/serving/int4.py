@@ -1,9 +1,9 @@
-"""A 4-bit linear kernel for vLLM on CPUs whose vLLM build has none (AVX2), as a vLLM general plugin.
+"""A 4-bit linear kernel for vLLM on CPUs, where vLLM has none that computes, as a vLLM general plugin.
 
-vLLM's own kernel wants AVX-512 operators; without them AWQ models load and fail at the first token. This one packs the
-weights for torch's `_weight_int4pack_mm_for_cpu`. It steps in only on the CPU platform and only when vLLM's operator
-is missing; elsewhere `register` does nothing. Activations and scales go through bfloat16, the kernel's fast path; many
-rows at once, as in a prompt, are faster through weights dequantized for the moment. It knows no activation reordering.
+vLLM's own wants AVX-512 and activations of 16 bits; elsewhere AWQ models load and fail at the first token. This one
+packs the weights for torch's `_weight_int4pack_mm_for_cpu`. It steps in only on the CPU platform, and leaves to vLLM
+what vLLM can do. Activations and scales go through bfloat16, the kernel's fast path; many rows at once, as in a prompt,
+are faster through weights dequantized block by block, while they stay in the cache. It knows no activation reordering.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ logger = logging.getLogger("vllm.zero_to_one")
 
 GROUP_SIZES = (32, 64, 128, 256)
 MIDDLE = 8  # torch's kernel computes (q - 8) · scale + zero
-WIDE_ROWS = 64  # from here on dequantizing costs less than it saves: 1.6 times faster at 256 rows, 2 times at 2048
-BLOCK = 32  # output channels that torch packs together on AVX2: n in the low half of a byte, n + 16 in the high half
+WIDE_ROWS = 32  # from here on dequantizing costs less than it saves: 1.1 times faster at 32 rows, 1.9 times at 256
+BLOCKS = {"AVX2": 32, "AVX512": 64}  # output channels that torch packs together: n in the low half of a byte, and in
+# the high half the one that stands half a block further
+TILE_ELEMENTS = 1 << 18  # weights dequantized at a time: 1 MiB, half of a usual second-level cache
 
 
 @dataclass
@@ -59,10 +61,22 @@ def register() -> None:
     from vllm.model_executor.kernels import linear
 
     kernels = linear._POSSIBLE_KERNELS[PlatformEnum.CPU]
-    if hasattr(torch.ops._C, "cpu_gemm_wna16") or any(kernel.__name__ == "Int4LinearKernel" for kernel in kernels):
+    if any(kernel.__name__ == "Int4LinearKernel" for kernel in kernels):
         return
-    # `register_linear_kernel` would append, and vLLM's own, which cannot run here, would still win.
-    kernels[:] = [_kernel_class(), *(kernel for kernel in kernels if kernel.__name__ != "CPUWNA16LinearKernel")]
+    has_own = hasattr(torch.ops._C, "cpu_gemm_wna16")
+    # `register_linear_kernel` would append, and vLLM's own, which claims what it cannot run, would still win.
+    own = [kernel for kernel in kernels if kernel.__name__ == "CPUWNA16LinearKernel"]
+    others = [kernel for kernel in kernels if kernel not in own]
+    kernels[:] = [_kernel_class(has_own), *(_in_16_bits(kernel) for kernel in own if has_own), *others]
+    _let_autoawq_compute_in_float32()
+
+
+def _let_autoawq_compute_in_float32() -> None:
+    """vLLM refuses it for the sake of GPU kernels; for compressed-tensors, with the same CPU kernels, it does not."""
+    from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
+
+    supported = [*AutoAWQConfig.get_supported_act_dtypes(), torch.float32]
+    AutoAWQConfig.get_supported_act_dtypes = classmethod(lambda cls: supported)
 
 
 def pack(
@@ -78,22 +92,40 @@ def pack(
     return packed, torch.stack([scales, zeros], -1).to(torch.bfloat16).contiguous()
 
 
-def unpack(packed: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
-    """The weights as float32 [K, N], from what `pack` returned on an AVX2 machine."""
-    num_outputs, num_inputs = packed.shape[0], packed.shape[1] * 2
-    num_groups = scales_and_zeros.shape[0]
-    blocks = packed.view(num_outputs // BLOCK, num_inputs, BLOCK // 2)
-    quantized = torch.cat([blocks & 15, blocks >> 4], -1).permute(1, 0, 2).reshape(num_groups, -1, num_outputs)
-    scales, zeros = scales_and_zeros.float().unsqueeze(1).unbind(-1)  # [K/G, 1, N]
-    return torch.addcmul(zeros - MIDDLE * scales, quantized.float(), scales).view(num_inputs, num_outputs)
+def block_outputs(num_outputs: int) -> int:
+    """Output channels that torch packs together on this machine; 0 where the layout is another."""
+    block = BLOCKS.get(torch.backends.cpu.get_cpu_capability(), 0)
+    return block if block and num_outputs % block == 0 else 0
+
+
+def wide_matmul(x: torch.Tensor, packed: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
+    """`matmul` in float32 throughout, for float32 x, through a few blocks of dequantized weights at a time."""
+    num_rows, num_inputs = x.shape
+    block = block_outputs(packed.shape[0])
+    num_groups, num_blocks, half = scales_and_zeros.shape[0], packed.shape[0] // block, block // 2
+    halves = packed.view(num_blocks, num_inputs, half)
+    by_block = scales_and_zeros.float().view(num_groups, num_blocks, 1, block, 2).transpose(0, 1)
+    scales, zeros = by_block[..., 0].contiguous(), by_block[..., 1] - MIDDLE * by_block[..., 0]  # [N/B, K/G, 1, B]
+    count = max(1, TILE_ELEMENTS // (num_inputs * block))
+    tile = x.new_empty(count, num_inputs, block)
+    product = x.new_empty(num_blocks, num_rows, block)
+    for first in range(0, num_blocks, count):
+        part = slice(first, min(first + count, num_blocks))
+        weights = tile[: part.stop - first]  # [count, K, B]
+        weights[..., :half] = halves[part] & 15
+        weights[..., half:] = halves[part] >> 4
+        grouped = weights.view(-1, num_groups, num_inputs // num_groups, block)
+        torch.addcmul(zeros[part], grouped, scales[part], out=grouped)
+        torch.bmm(x.expand(len(weights), -1, -1), weights, out=product[part])
+    return product.transpose(0, 1).reshape(num_rows, -1)
 
 
 @torch.library.custom_op("zero_to_one::int4_matmul", mutates_args=())  # opaque to torch.compile: M varies at run time
 def matmul(x: torch.Tensor, packed: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
     """x [M, K] times the transposed packed weights [N, K]: [M, N] in the dtype of x."""
     _held.log_once()
-    if x.shape[0] >= WIDE_ROWS and torch.backends.cpu.get_cpu_capability() == "AVX2":  # others pack differently
-        return (x.float() @ unpack(packed, scales_and_zeros)).to(x.dtype)
+    if x.shape[0] >= WIDE_ROWS and block_outputs(packed.shape[0]):
+        return wide_matmul(x.float(), packed, scales_and_zeros).to(x.dtype)
     group_size = x.shape[1] // scales_and_zeros.shape[0]
     rows = x.to(torch.bfloat16).contiguous()
     product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_and_zeros)
@@ -105,7 +137,21 @@ def _(x: torch.Tensor, packed: torch.Tensor, scales_and_zeros: torch.Tensor) -> 
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-def _kernel_class() -> type[Any]:
+def _in_16_bits(kernel: type[Any]) -> type[Any]:
+    """vLLM's own kernel, saying at load what it would say at the first token."""
+
+    class CPUWNA16LinearKernel(kernel):  # type: ignore[misc]
+        @classmethod
+        def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+            if c.act_type == torch.float32:
+                return False, "vLLM's own kernel computes in 16 bits only"
+            can: tuple[bool, str | None] = super().can_implement(c)
+            return can
+
+    return CPUWNA16LinearKernel
+
+
+def _kernel_class(has_own: bool) -> type[Any]:
     from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel, MPLinearLayerConfig
     from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
     from vllm.scalar_type import scalar_types
@@ -119,8 +165,12 @@ def _kernel_class() -> type[Any]:
 
         @classmethod
         def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+            if has_own and c.act_type != torch.float32:
+                return False, "vLLM's own kernel does it"
             if c.weight_type not in (scalar_types.uint4, scalar_types.uint4b8) or c.has_g_idx:
                 return False, "only 4-bit weights without activation reordering"
+            if c.zero_points != (c.weight_type == scalar_types.uint4):
+                return False, "uint4 needs zero points, and uint4b8 has none"
             if c.group_size not in GROUP_SIZES or c.partition_weight_shape[0] % c.group_size:
                 return False, f"group size must be one of {GROUP_SIZES} and divide the input width"
             if c.partition_weight_shape[1] % 32:
@@ -129,7 +179,7 @@ def _kernel_class() -> type[Any]:
 
         def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
             """From compressed-tensors' layout (packed [N, K/8], scales [N, K/G], zero points [N/8, K/G]), or AutoAWQ's
-            as vLLM has reordered it (packed [K/8, N], scales [K/G, N], zero points [K/G, N/8])."""
+            as vLLM has reordered it (packed [K/8, N], scales [K/G, N], zero points [N/8, K/G])."""
             weight, scales, zero_points, _ = self._get_weight_params(layer)
             quantized = unpack_quantized_values_into_int32(weight.data, self.config.weight_type, weight.packed_dim)
             quantized = quantized.t() if weight.input_dim == 0 else quantized
