@@ -91,6 +91,19 @@ def read_manifest(uri: str, kind: Kind) -> Manifest:
     return manifest.model_copy(update={"uri": uri})
 
 
+def find_input(given: Input) -> Manifest | None:
+    """The manifest of an input, if it still is what it was; None for a raw file and for what was made anew since."""
+    path = f"{given.uri}/{MANIFEST_NAME}"
+    if not storage.exists(path):
+        return None
+    try:
+        with storage.open_file(path) as file:
+            found = Manifest.model_validate_json(file.read())
+    except (ValidationError, OSError):  # of another version
+        return None
+    return found.model_copy(update={"uri": given.uri}) if found.digest == given.digest else None
+
+
 def states(config: RunConfig) -> list[str]:
     """What lies at each artifact URI of a config: lines for `--dry-run`."""
     lines = []

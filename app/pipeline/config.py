@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from app.config import RunConfig
@@ -33,3 +35,19 @@ class PipelineConfig(RunConfig):
     def plan(self) -> list[str]:
         """The plans of all stages."""
         return [f"{name}: {line}" for name, section in self.sections().items() for line in section.plan()]
+
+
+class ShowLineageConfig(RunConfig):
+    """Settings of `show_lineage`."""
+
+    artifact_uri: str = Field("quantized", description="artifact whose origin is told, a model for a card")
+    kind: Literal["corpus", "augmented", "tokenizer", "tokens", "model", "report"] = Field(
+        "model", description="its kind"
+    )
+    card: bool = Field(False, description="write README.md, a model card, into the model's folder")
+    report_uris: tuple[str, ...] = Field(("report",), description="evaluations that the card may show")
+
+    def plan(self) -> list[str]:
+        """What is read, and what is written."""
+        uri = self.resolve(self.artifact_uri)
+        return [f"walk the manifests from {uri}", *([f"write {uri}/README.md"] if self.card else [])]

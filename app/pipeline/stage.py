@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from app import cluster, storage
-from app.artifacts import Manifest
-from app.pipeline.config import PipelineConfig
+from app.artifacts import MANIFEST_NAME, Manifest, read_manifest
+from app.pipeline.config import PipelineConfig, ShowLineageConfig
+from app.pipeline.lineage import model_card, tree
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,19 @@ def run(config: PipelineConfig) -> str:
     table = format_table(rows)
     storage.write_atomic(config.resolve("summary.txt"), table.encode())
     return table
+
+
+def show(config: ShowLineageConfig) -> str:
+    """The lineage of an artifact, and its model card if wished. Raises ValueError when it is not complete."""
+    manifest = read_manifest(config.resolve(config.artifact_uri), config.kind)
+    if config.card:
+        if manifest.kind != "model":
+            raise ValueError(f"card: {manifest.uri} is a {manifest.kind}; only a model has a card")
+        uris = [uri for uri in map(config.resolve, config.report_uris) if storage.exists(f"{uri}/{MANIFEST_NAME}")]
+        card = model_card(manifest, [read_manifest(uri, "report") for uri in uris])
+        storage.write_atomic(f"{manifest.uri}/README.md", card.encode())
+        logger.info("model card: %s/README.md", manifest.uri)
+    return tree(manifest)
 
 
 def format_table(rows: list[Row]) -> str:

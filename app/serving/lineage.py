@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ValidationError
-
-from app import storage
-from app.artifacts import MANIFEST_NAME, Input, Manifest
+from app.artifacts import Input, Manifest, find_input
 
 MAX_DEPTH = 16
 
@@ -27,18 +24,5 @@ def _described(manifest: Manifest, depth: int) -> dict[str, Any]:
 
 def _input(given: Input, depth: int) -> dict[str, Any]:
     known = {"name": given.uri.rstrip("/").rsplit("/", 1)[-1], "digest": given.digest}
-    manifest = _manifest_at(given.uri) if depth else None
-    if manifest is None or manifest.digest != given.digest:  # a raw file, or made anew since
-        return known
-    return known | _described(manifest, depth)
-
-
-def _manifest_at(uri: str) -> Manifest | None:
-    path = f"{uri}/{MANIFEST_NAME}"
-    if not storage.exists(path):
-        return None
-    try:
-        with storage.open_file(path) as file:
-            return Manifest.model_validate_json(file.read())
-    except (ValidationError, OSError):  # of another version
-        return None
+    manifest = find_input(given) if depth else None
+    return known | (_described(manifest, depth) if manifest else {})
