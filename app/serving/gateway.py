@@ -273,7 +273,7 @@ def _checked(operation: str, body: Mapping[str, Any]) -> Any:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
         raise bad_request(f"{where}: {first['msg']}"[:500], where[:100] or None) from None
-    except (*VLLM_CLIENT_ERRORS, ValueError, TypeError) as error:
+    except (*VLLM_CLIENT_ERRORS, ValueError, TypeError, AttributeError, KeyError) as error:  # its checks trust types
         raise bad_request(str(error)[:500]) from None
 
 

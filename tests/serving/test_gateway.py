@@ -96,6 +96,7 @@ def test_the_engines_errors_keep_their_status(asked: Callable[..., Any]) -> None
         {**BODY, "nothing": 1},
         {**BODY, "temperature": "hot"},
         {**BODY, "messages": 3},
+        {**BODY, "structured_outputs": []},
         {**BODY, "messages": [{"role": "user", "content": 3}]},
     ],
 )
