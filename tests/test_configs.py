@@ -46,6 +46,7 @@ def test_there_is_a_pipeline_of_every_size(size: str) -> None:
     assert ROOT / "jobs" / "configs" / size / "run_pipeline.yaml" in FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_job_answers_help(path: Path) -> None:
     result = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=ROOT)

@@ -149,6 +149,7 @@ def test_a_share_of_the_documents_is_chosen_by_hash(tmp_path: Path, without_ray:
     assert {int(row["parent_id"], 16) for row in variants(tmp_path)} <= chosen
 
 
+@pytest.mark.slow
 def test_the_endpoint_gets_the_key_and_its_failures_are_counted(
     tmp_path: Path, without_ray: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

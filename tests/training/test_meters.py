@@ -113,6 +113,7 @@ def test_collectives_give_the_same_result_timed(alone: None) -> None:
     assert clock.timed(torch.distributed.all_reduce)(tensor) is None
 
 
+@pytest.mark.slow
 def test_deepspeed_calls_its_collectives_through_the_clock(alone: None) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed

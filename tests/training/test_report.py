@@ -62,6 +62,7 @@ def tags(page: str) -> list[str]:
     return parser.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 100])
 def test_a_page_of_any_length(num_steps: int) -> None:
     page = render(lines_of(num_steps), [], {})
