@@ -71,8 +71,9 @@ def run(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "pack_tokens": {"block_tokens": 64},
         "train_model": TRAIN,
         "evaluate_model": {"num_continuations": 4, "prompt_tokens": 4, "continuation_tokens": 4},
-        "quantize_model": {"num_calibration_samples": 8},
+        "quantize_model": {"num_calibration_samples": 8, "max_loss_percent": 5},
         "deploy_model": {"port": cluster.endpoint_port},
+        "check_parity": {"num_prompts": 4, "prompt_tokens": 12, "answer_tokens": 8},
     }
     config = root / "pipeline.yaml"
     config.write_text(yaml.safe_dump(settings, allow_unicode=True))
@@ -153,6 +154,15 @@ def test_the_endpoint_answers_from_the_4_bit_weights(run: dict[str, Any], cluste
     logs = (cluster.temp_dir / "session_latest" / "logs").glob("worker-*.err")
     outputs = (cluster.temp_dir / "session_latest" / "logs").glob("worker-*.out")
     assert any("int4 kernel at work: 8 layers" in file.read_text(errors="replace") for file in (*logs, *outputs))
+
+
+def test_the_endpoint_says_what_its_model_says(run: dict[str, Any]) -> None:
+    figures = read_manifest(f"{run['root']}/parity", "report").figures
+    served = figures["served"]
+    assert isinstance(served, dict)
+    assert (figures["gate"], figures["prompts"], served["tokens"]) == ("passed", 4, 32)
+    assert figures["equal_renderings"] == figures["renderings"] == 4
+    assert 0 < float(served["max_logprob_gap"]) <= 0.1
 
 
 def test_a_rerun_redoes_nothing(run: dict[str, Any], cluster: LocalCluster) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.config import RunConfig
 from app.corpus.config import CorpusConfig
-from app.evaluation.config import EvaluateConfig
+from app.evaluation.config import EvaluateConfig, ParityConfig
 from app.quantization.config import QuantizeConfig
 from app.serving.config import DeployConfig
 from app.tokens.config import PackConfig, TokenizerConfig
@@ -25,6 +25,7 @@ class PipelineConfig(RunConfig):
     evaluate_model: EvaluateConfig = EvaluateConfig()
     quantize_model: QuantizeConfig = QuantizeConfig()
     deploy_model: DeployConfig | None = Field(None, description="settings of the endpoint; none: not deployed")
+    check_parity: ParityConfig | None = Field(None, description="the gate behind the endpoint; none: not checked")
 
     def sections(self) -> dict[str, RunConfig]:
         """The stages' settings by job name, in order, with this run's storage."""

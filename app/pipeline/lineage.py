@@ -48,7 +48,7 @@ def _short(value: Any) -> str:
 
 def ancestors(manifest: Manifest) -> dict[str, Manifest]:
     """Kind -> the nearest artifact of that kind among the inputs, their inputs and so on; the model itself first."""
-    found = {manifest.kind: manifest}
+    found: dict[str, Manifest] = {manifest.kind: manifest}
     generation = [manifest]
     while generation:
         generation = [made for one in generation for given in one.inputs.values() if (made := find_input(given))]

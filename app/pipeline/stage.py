@@ -117,6 +117,14 @@ def _stage(name: str) -> tuple[Callable[[Any], Manifest], Callable[[Figures], tu
             f"{f['linear_float32_bytes'] / 1e6:.1f} → {f['linear_weight_bytes'] / 1e6:.1f} MB of linear weights",
             f"{f['linear_percent']:.1f} % of the size, bits per byte {f['loss_percent']:+.2f} %",
         )
+    if name == "check_parity":
+        from app.evaluation import served
+
+        return served.run, lambda f: (
+            f"{f['prompts']} prompts → endpoint",
+            f"logprobs within {f['served']['max_logprob_gap']} of the served artifact's, greedy alike "
+            f"{f['served']['greedy_percent']} % (before quantization {f['model']['greedy_percent']} %)",
+        )
     from app.serving import stage as serving
 
     return serving.run, lambda f: ("model → endpoint", f"int4, {f.get('linear_percent', 100):.1f} % of float32")

@@ -163,6 +163,29 @@ def forced_decoding(
     return tokens, found.token_logprobs, logits.log_softmax(-1)[range(len(tokens)), tokens].tolist()
 
 
+def test_the_parity_gate_compares_the_endpoint_with_its_model_and_with_another(
+    client: openai.OpenAI, folders: tuple[Path, Path]
+) -> None:
+    """The dequantized twin is what is served; a model with an adapter merged into it is another."""
+    from app.evaluation import served
+    from app.evaluation.config import ParityConfig
+    from app.models import load_tokenizer
+    from tests.serving.tiny import TEXT, write_adapter
+
+    other = folders[0].parent / "other"
+    merged = write_adapter(folders[1], folders[0].parent / "merged-adapter", 3)
+    merged.save_pretrained(other)
+    load_tokenizer(folders[1]).save_pretrained(other)
+    config = ParityConfig(num_prompts=4, prompt_tokens=12, answer_tokens=8, endpoint_url=str(client.base_url))
+    texts = [TEXT[start:] for start in range(4)]
+    figures = served.check(texts, {"served": str(folders[1]), "model": str(other)}, config)
+    assert figures["gate"] == "passed"
+    assert (figures["prompts"], figures["equal_renderings"], figures["served"]["tokens"]) == (4, 4, 32)
+    assert figures["served"]["max_logprob_gap"] <= LOGPROB_TOLERANCE < figures["model"]["max_logprob_gap"]
+    figures = served.check(texts, {"served": str(other)}, config)
+    assert figures["gate"].startswith("failed: logprobs differ by")
+
+
 def test_adapters_and_the_base_answer_each_by_its_name(
     client: openai.OpenAI, folders: tuple[Path, Path], config: DeployConfig
 ) -> None:
