@@ -11,6 +11,7 @@ import threading
 from collections import defaultdict
 from pathlib import Path
 
+import psutil
 from competitors import corpus
 from competitors.side_by_side import OURS, Tool, arguments, run
 
@@ -19,16 +20,16 @@ TOOL = Tool("", "zero_to_one.py", ("--task", "everything"))
 
 
 def worker_peaks() -> dict[int, int]:
-    """Process id -> largest resident bytes so far, of the Ray workers that are running a task or idle."""
+    """Process id -> largest resident bytes so far, of the Ray workers that this benchmark started."""
     peaks = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if (folder / "cmdline").read_bytes().startswith(b"ray::"):
-                    status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-                    peaks[int(folder.name)] = int(status["VmHWM"].split()[0]) * 1024
-            except (OSError, KeyError):
-                continue  # it has ended
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.name().startswith("ray::"):
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                status = dict(line.split(":", 1) for line in lines)
+                peaks[process.pid] = int(status["VmHWM"].split()[0]) * 1024
+        except (OSError, KeyError, psutil.NoSuchProcess):
+            continue  # it has ended
     return peaks
 
 
@@ -61,6 +62,7 @@ def main() -> None:
         for size in sizes:
             with PeakMemory() as peak:
                 answer = run(OURS, TOOL, folders[size], given)
+            assert peak.num_bytes, "no worker was seen"
             seconds[size].append(answer["seconds"])
             memory[size].append(peak.num_bytes)
             worker = f"worker {peak.num_bytes / 2**30:.2f} GiB"
