@@ -1,9 +1,9 @@
 """Threads of an engine on this CPU: tokens a second of one replica, and of two at the same time, by binding and number.
 
-`auto` is vLLM's own: it keeps one core free, and binds the threads of every replica to the same others. `nobind` leaves
-threads to the kernel. A replica is a vLLM engine with its worker process, as Ray Serve starts it; all decode at the same
-time, each a batch that is full all the while. Settings come one after another, since an engine takes half a minute to
-start: the machine must be idle. Medians over slices of the time.
+`auto` is vLLM's own: it keeps one core free, and binds the threads of every replica to the same others. `nobind`
+leaves threads to the kernel. A replica is a vLLM engine with its worker process, as Ray Serve starts it; all decode at
+the same time, each a batch that is full all the while. Settings come one after another, since an engine takes half a
+minute to start: the machine must be idle. Medians over slices of the time.
 """
 
 from __future__ import annotations
