@@ -82,7 +82,7 @@ class ServeConfig(Config):
         "auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
     )
     kv_cache_gib: float = Field(0, ge=0, description="a CPU replica's keys and values; 0: from context and free memory")
-    threads_per_replica: int = Field(0, ge=0, description="of a CPU replica; 0: the cores, divided by the replicas")
+    threads_per_replica: int = Field(0, ge=0, description="of a CPU replica; 0: cores less one, by replicas")
     gpu_memory_utilization: float = Field(0, ge=0, le=1, description="a GPU's memory that vLLM fills; 0: its default")
     max_num_seqs: int = Field(0, ge=0, description="sequences computed together; 0: 64 on a CPU, vLLM's on a GPU")
     max_num_batched_tokens: int = Field(

@@ -92,12 +92,14 @@ def adapter_arguments(config: ServeConfig) -> dict[str, Any]:
 def engine_environment(config: ServeConfig, use_gpu: bool, machine: Machine | None = None) -> dict[str, str]:
     """Environment variables of the replica; without a machine, for this one.
 
-    On a CPU, the number of its threads, not bound to cores: replicas share this environment, hence would the binding.
+    On a CPU, the number of threads, with a core left to schedulers and HTTP: threads wait for each other in a loop, and
+    one without a core holds up all. They are not bound: replicas share this environment, and would share the binding.
     """
     variables = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if use_gpu:
         return variables
-    num_threads = config.threads_per_replica or max(1, (machine or read_machine()).num_cores // config.max_replicas)
+    num_free = (machine or read_machine()).num_cores - 1
+    num_threads = config.threads_per_replica or max(1, num_free // config.max_replicas)
     return variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(num_threads)}
 
 

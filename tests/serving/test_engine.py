@@ -104,10 +104,11 @@ def test_bfloat16_halves_the_cache_and_heads_need_not_be_grouped(model: dict[str
 @pytest.mark.parametrize(
     ("num_cores", "change", "wanted"),
     [
-        (2, {}, "2"),
+        (1, {}, "1"),
+        (2, {}, "1"),
         (2, {"max_replicas": 2}, "1"),
-        (2, {"max_replicas": 3}, "1"),
-        (16, {"max_replicas": 3}, "5"),
+        (16, {}, "15"),
+        (16, {"max_replicas": 2}, "7"),
     ],
 )
 def test_replicas_share_the_cores_and_none_is_bound_to_some(
