@@ -1,7 +1,7 @@
 """Does a row cost the same in a corpus ten times as large, and does a worker's memory stay flat? The whole stage.
 
-Ours alone, at N and 10 N documents, in turn. A worker's own memory (RssAnon) is sampled five times a second; the largest
-of any counts. Printed beside it is the largest resident memory with the pages of Ray's object store that a
+Ours alone, at N and 10 N documents, in turn. A worker's own memory (RssAnon) is sampled five times a second; the
+largest of any counts. Printed beside it is the largest resident memory with the pages of Ray's object store that a
 worker has mapped (VmHWM): the store is one for all workers, of a fixed size, and spills to disk what it cannot hold.
 The ratios are printed last.
 """
