@@ -81,8 +81,8 @@ def scored_files(config: ChoiceConfig) -> list[str]:
 def describe(config: ChoiceConfig) -> str:
     """What is compared, for the report."""
     if config.answer_form == "text":
-        return "log-likelihood of each choice's text per character"
-    return "log-likelihood of the choices' letters"
+        return "the model's; log-likelihood of each choice's text per character"
+    return "the model's; log-likelihood of the choices' letters"
 
 
 class _Model(LM):  # type: ignore[misc]

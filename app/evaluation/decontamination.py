@@ -11,7 +11,7 @@ def state_of_held_out(corpus: Manifest) -> str:
     """What keeps the held-out documents from being training text as well."""
     dedup = corpus.config.get("dedup")
     near = bool(dedup and dedup.get("near"))
-    removed = "exact and near duplicates" if near else "exact duplicates only"
+    removed = "exact and near duplicates" if near else "exact duplicates, but not near ones,"
     return f"never trained on: held out by hash after {removed} were removed"
 
 

@@ -93,7 +93,7 @@ def likelihood_measures() -> list[Measure]:
         return np.column_stack([nats, num_bytes, num_tokens]).astype(float)
 
     return [
-        Measure("bits_per_byte", "none: UTF-8 bytes", columns, rows, lambda sums: bits_per_byte(sums[0], sums[1])),
+        Measure("bits_per_byte", "none (UTF-8 bytes)", columns, rows, lambda sums: bits_per_byte(sums[0], sums[1])),
         Measure("perplexity", "the model's tokens", columns, rows, lambda sums: math.exp(sums[0] / sums[2])),
     ]
 

@@ -18,7 +18,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .35rem .6rem .35rem 0;
 vertical-align: top; border-bottom: 1px solid #e4e7eb; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td small { display: block; color: #627d98; line-height: 1.35; }
+td small, th small { display: block; color: #627d98; line-height: 1.35; font-weight: normal; }
 svg { width: 100%; height: auto; } .source { color: #627d98; font-size: .85rem; overflow-wrap: anywhere; }
 mark { background: #e3f2e6; } .warning { border-left: 4px solid #c2570c; padding-left: .8rem; }
 summary { cursor: pointer; }
@@ -65,7 +65,7 @@ class Content(NamedTuple):
 
 def render(content: Content) -> str:
     """The page."""
-    head = "<tr><th>figure<th class=number>value<th class=number>95 % interval<th class=number>n</tr>"
+    head = "<tr><th>figure<th class=number>value<small>95 % interval<br>items</small></tr>"
     rows = "".join(_row(name, figure) for name, figure in content.figures.items())
     named = "".join(f"<p class=source>{html.escape(f'{name}: {uri}')}</p>" for name, uri in content.sources.items())
     parts = [f"<h1>Evaluation</h1>{named}<table>{head}{rows}</table>"]
@@ -91,13 +91,12 @@ def render(content: Content) -> str:
 
 
 def _row(name: str, figure: Figure | float) -> str:
-    explanation = EXPLANATIONS.get(name, "")
+    about, name = EXPLANATIONS.get(name, ""), name.replace("_", "_<wbr>")  # else too wide for a phone
     if not isinstance(figure, Figure):
-        return f"<tr><td>{name}<small>{explanation}</small><td class=number>{figure:g}<td><td></tr>"
-    about = html.escape("; ".join(filter(None, [explanation, figure.tokenisation])))
-    interval = f"{figure.low:.4g} – {figure.high:.4g}"
-    numbers = "".join(f"<td class=number>{text}" for text in (f"{figure.value:g}", interval, f"{figure.n:,}"))
-    return f"<tr><td>{name}<small>{about}</small>{numbers}</tr>"
+        return f"<tr><td>{name}<small>{about}</small><td class=number>{figure:g}</tr>"
+    cut = f"<small>tokenisation: {html.escape(figure.tokenisation)}</small>"
+    interval = f"<small>{figure.low:.4g} – {figure.high:.4g}<br>n {figure.n:,}</small>"
+    return f"<tr><td>{name}<small>{about}</small>{cut}<td class=number>{figure.value:g}{interval}</tr>"
 
 
 def _benchmark(one: Benchmark) -> str:

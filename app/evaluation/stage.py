@@ -145,7 +145,7 @@ def _ask(workers: Workers, benchmark: ChoiceConfig, shots: int, figures: Figures
     figures[macro.name] = _rounded(figure_of(macro, is_right=is_right, subject=subjects))
     figures[micro.name] = _rounded(figure_of(micro, is_right=is_right, subject=[0] * len(subjects)))
     asked = benchmark.endpoint_url or "the model directory"
-    notes = [f"lm-evaluation-harness {choices.HARNESS_VERSION}, {protocol}, asked of {asked}"]
+    notes = [f"lm-evaluation-harness {choices.HARNESS_VERSION}, asked of {asked}"]
     if num_cut:
         notes.append(f"{num_cut} prompts were longer than the model's context and lost their beginning")
     shares = {subject: (round(sum(found) / len(found), 4), len(found)) for subject, found in answers.items()}

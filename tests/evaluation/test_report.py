@@ -8,7 +8,7 @@ def content(**changes: object) -> Content:
     log = [{"step": step, "loss": 8.0 - step} for step in range(3)]
     log[-1]["held_out_bits_per_byte"] = 2.5
     return Content(
-        figures={"bits_per_byte": Figure(2.3456, 2.25, 2.4444, 1234, "none: UTF-8 bytes"), "documents": 1234},
+        figures={"bits_per_byte": Figure(2.3456, 2.25, 2.4444, 1234, "none (UTF-8 bytes)"), "documents": 1234},
         sources={"model": "/run/model"},
         decontamination={"held-out documents": "never trained on", "cmmlu": "67 of 67 files were NOT looked for"},
         benchmarks=[Benchmark("cmmlu", 5, {"农学": (0.25, 100)}, ["<harness>"])],
@@ -19,7 +19,15 @@ def content(**changes: object) -> Content:
 
 def test_the_report_shows_figures_with_intervals_curve_and_samples_and_loads_nothing() -> None:
     page = render(content())
-    for shown in ("2.3456", "2.25 – 2.444", "1,234", "none: UTF-8 bytes", "<svg", "&lt;b&gt;曹操", "/run/model"):
+    for shown in (
+        "2.3456",
+        "2.25 – 2.444",
+        "n 1,234",
+        "tokenisation: none (UTF-8 bytes)",
+        "<svg",
+        "&lt;b&gt;曹操",
+        "/run/model",
+    ):
         assert shown in page
     for shown in ("农学", "0.250", "cmmlu, 5-shot", "&lt;harness&gt;", "class=warning>67 of 67"):
         assert shown in page
