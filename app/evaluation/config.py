@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Literal
 
-from app.config import RunConfig
+from pydantic import Field, model_validator
+
+from app.config import Config, RunConfig
+
+
+class ChoiceConfig(Config):
+    """A benchmark of questions with choices, on local files."""
+
+    name: str = Field(pattern=r"^\w+$", description="how its figures are called")
+    uri: str = Field(description="cmmlu, ceval: the folder as published; jsonl: file, folder or glob of questions")
+    layout: Literal["cmmlu", "ceval", "jsonl"] = Field("jsonl", description="how the files are laid out")
+    shots: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="examples shown before")
+    examples_uri: str = Field("", description="jsonl: the questions shown as examples")
+    subjects: list[str] = Field([], description="only these; none: all")
+    max_questions: int | None = Field(None, ge=1, description="of each subject; None: all")
+    answer_form: Literal["letter", "text"] = Field("letter", description="jsonl: what is compared of each choice")
+    endpoint_url: str = Field("", description="ask this OpenAI endpoint, https://…/v1, instead of the model directory")
+    endpoint_model: str = Field("zero-to-one", description="the model's name at the endpoint")
+
+    @model_validator(mode="after")
+    def _examples_are_there(self) -> ChoiceConfig:
+        if self.layout == "jsonl" and any(self.shots) and not self.examples_uri:
+            raise ValueError("shots above 0 need examples_uri, a jsonl file of questions that are not scored")
+        if self.layout != "jsonl" and self.answer_form == "text":
+            raise ValueError(f"answer_form: {self.layout} is defined on letters")
+        return self
 
 
 class EvaluateConfig(RunConfig):
@@ -14,16 +39,28 @@ class EvaluateConfig(RunConfig):
     corpus_uri: str = Field("corpus", description="corpus artifact; its held-out split is the test text")
     output_uri: str = Field("report", description="where report.json and report.html go")
     max_documents: int = Field(1000, ge=1, description="held-out documents scored for bits per byte")
-    num_continuations: int = Field(32, ge=0, description="held-out documents continued for BLEU and ROUGE")
+    num_continuations: int = Field(32, ge=0, description="held-out documents continued for BLEU, ROUGE and so on")
     prompt_tokens: int = Field(48, ge=1, description="tokens of a document that the model is shown")
     continuation_tokens: int = Field(48, ge=1, description="tokens it writes, compared with the document's own")
-    num_shards: int = Field(2, ge=1, description="Ray tasks that share the documents; the figures do not depend on it")
+    bertscore_dir: str = Field("", description="BERTScore's encoder, a folder on each node; none: the bundled one")
+    bertscore_layer: int = Field(8, ge=0, description="of bertscore_dir: hidden states after this layer are compared")
+    choices: list[ChoiceConfig] = Field([], description="benchmarks of questions with choices")
+    num_workers: int = Field(2, ge=1, description="Ray actors that share the work; no figure depends on it")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluateConfig:
+        names = [one.name for one in self.choices]
+        if len(set(names)) < len(names):
+            raise ValueError(f"choices: names must differ, got {', '.join(names)}")
+        return self
 
     def plan(self) -> list[str]:
         """What is read and written."""
         from app.artifacts import states  # fsspec is not needed to answer --help
 
-        return [f"evaluate {self.resolve(self.model_uri)} on {self.resolve(self.corpus_uri)}/held_out", *states(self)]
+        benchmarks = "".join(f", {one.name}" for one in self.choices)
+        held_out = f"{self.resolve(self.corpus_uri)}/held_out"
+        return [f"evaluate {self.resolve(self.model_uri)} on {held_out}{benchmarks}", *states(self)]
 
 
 class ParityConfig(RunConfig):
