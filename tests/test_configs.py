@@ -10,7 +10,7 @@ import yaml
 from app.augmentation.config import AugmentConfig
 from app.config import Config, read_yaml, validate
 from app.corpus.config import CorpusConfig, DemoCorpusConfig
-from app.evaluation.config import EvaluateConfig
+from app.evaluation.config import EvaluateConfig, ParityConfig
 from app.pipeline.config import PipelineConfig
 from app.quantization.config import QuantizeConfig
 from app.serving.config import AskConfig, DeployConfig, ServeConfig
@@ -28,6 +28,7 @@ CONFIGS: dict[str, type[Config]] = {
     "evaluate_model": EvaluateConfig,
     "quantize_model": QuantizeConfig,
     "deploy_model": DeployConfig,
+    "check_parity": ParityConfig,
     "ask_model": AskConfig,
     "run_pipeline": PipelineConfig,
 }
