@@ -1,8 +1,9 @@
 """Decoding with 4-bit weights against float32 and bfloat16: tokens a second and resident memory of vLLM's engine.
 
-Every row is a process of its own with the engine inside (offline, eager, two threads). A step gives each sequence of
-the batch one token; what is timed are the steps after the prompts, medians over runs. Rows come one after another, so
-that the machine must be idle. Weights are random, 4-bit ones by round-to-nearest.
+Every row is a process of its own with the engine inside (offline, eager, one thread). A step gives each sequence of
+the batch one token; what is timed are the steps after the prompts, medians over runs, in seconds of the process's CPU
+time: with one thread on an idle core that is the time on the clock, and on a busy one nearly what it would have been.
+Weights are random, 4-bit ones by round-to-nearest.
 
 `avx2` keeps vLLM, torch, MKL and oneDNN from newer instructions, `native` does not. In `int4`, 4-bit weights meet
 float32 activations (the default of ServeConfig), in `int4-bfloat16` they meet bfloat16 ones.
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("float32", "bfloat16", "int4", "int4-bfloat16")
 BATCHES = (1, 8, 32)
 PROMPT_TOKENS, STEPS = 16, 24
-RUN_SECONDS, ROW_SECONDS = 6, 12  # a run that takes longer ends before its last step, a row before its last run
+RUN_SECONDS, ROW_SECONDS = 4, 9  # a run that takes longer ends before its last step, a row before its last run
 CACHE_BYTES = 512 << 20
 
 
@@ -35,14 +36,13 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--instructions", nargs="+", default=["avx2", "native"], choices=["avx2", "native"])
     parser.add_argument("--runs", type=int, default=5, help="at most; a slow row ends after one that took its time")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(*options.child, options.instructions[0], options.runs)))
         return
     print(random_models.machine())
-    print(f"tokens a second at batch {BATCHES}, MiB of the process; in brackets / float32; medians of {options.runs}")
+    print(f"one thread; tokens a second of CPU time (/ float32), MiB of the process; medians of {options.runs} runs")
     print(f"{'':28}" + "".join(f"{f'batch {batch}':>18}" for batch in BATCHES) + "    resident      peak")
     lasts = []
     for instructions in options.instructions:
@@ -69,7 +69,7 @@ def run(model: str, precision: str, instructions: str, options: argparse.Namespa
     command += ["--instructions", instructions, "--runs", str(options.runs)]
     environment = os.environ | (random_models.AVX2 if instructions == "avx2" else {})
     environment |= {
-        "OMP_NUM_THREADS": str(options.threads),
+        "OMP_NUM_THREADS": "1",  # as app/serving/engine.py sets it on two cores
         "PYTHONPATH": str(ROOT),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -111,7 +111,7 @@ def measure(folder: str, dtype: str, instructions: str, runs: int) -> dict[str, 
 
 
 def decode(model: object, batch: int) -> float:
-    """Tokens a second of steps in which all sequences of a batch get one."""
+    """Tokens a second of CPU time, of steps in which all sequences of a batch get one."""
     import vllm
 
     engine = model.llm_engine  # type: ignore[attr-defined]
@@ -121,11 +121,11 @@ def decode(model: object, batch: int) -> float:
         engine.add_request(str(index), prompt, options)
     while len(engine.step()) < batch:
         pass
-    began, num_steps = time.perf_counter(), 0
-    while num_steps < STEPS and time.perf_counter() - began < RUN_SECONDS:
+    began, num_steps = time.process_time(), 0
+    while num_steps < STEPS and time.process_time() - began < RUN_SECONDS:
         engine.step()
         num_steps += 1
-    speed = batch * num_steps / (time.perf_counter() - began)
+    speed = batch * num_steps / (time.process_time() - began)
     engine.abort_request([str(index) for index in range(batch)])
     return speed
 

@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="sequences that run together")
     parser.add_argument("--window", type=int, default=random_models.CONTEXT)
     options = parser.parse_args()
-    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     print(random_models.machine())
     print(f"{options.requests} requests, {options.batch} at a time, window {options.window}; MiB, means over steps")
     print(

@@ -143,8 +143,8 @@ def _token_bytes(config: ServeConfig) -> int:
 def _model_settings(config: ServeConfig) -> dict[str, Any]:
     with storage.open_file(f"{config.model_uri}/config.json") as file:
         settings: dict[str, Any] = json.load(file)
-    text: dict[str, Any] = settings.get("text_config", {})
-    return settings | text
+    inner: dict[str, Any] = settings.get("text_config", {})
+    return settings | inner
 
 
 def _dtype(config: ServeConfig, use_gpu: bool) -> str:

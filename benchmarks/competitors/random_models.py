@@ -14,7 +14,7 @@ from pathlib import Path
 CACHE = Path.home() / ".cache" / "zero-to-one-benchmarks" / "engine"
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "demo": (256, 768, 4, 8, 4),  # jobs/configs/demo/train_model.yaml: 6 million parameters
-    "large": (1024, 2816, 24, 16, 8),  # 300 million
+    "large": (1024, 2816, 24, 16, 8),  # 295 million
 }
 VOCABULARY, CONTEXT = 6000, 2048
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
