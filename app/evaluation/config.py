@@ -42,7 +42,7 @@ class EvaluateConfig(RunConfig):
     num_continuations: int = Field(32, ge=0, description="held-out documents continued for BLEU, ROUGE and so on")
     prompt_tokens: int = Field(48, ge=1, description="tokens of a document that the model is shown")
     continuation_tokens: int = Field(48, ge=1, description="tokens it writes, compared with the document's own")
-    bertscore_dir: str = Field("", description="local encoder for BERTScore; none: the sentence encoder in its package")
+    bertscore_dir: str = Field("", description="BERTScore's encoder, a folder on each node; none: the bundled one")
     bertscore_layer: int = Field(8, ge=0, description="of bertscore_dir: hidden states after this layer are compared")
     choices: list[ChoiceConfig] = Field([], description="benchmarks of questions with choices")
     num_workers: int = Field(2, ge=1, description="Ray actors that share the work; no figure depends on it")

@@ -29,6 +29,11 @@ class Tokens(NamedTuple):
 Encoder = Callable[[Sequence[str]], list[Tokens]]
 
 
+def f_measures(encoder: Encoder, candidates: Sequence[str], references: Sequence[str]) -> list[float]:
+    """BERTScore's F1 of each pair."""
+    return list(map(f_measure, encoder(candidates), encoder(references)))
+
+
 def f_measure(candidate: Tokens, reference: Tokens) -> float:
     """BERTScore's F1: each token is matched with the most similar one of the other text; 0 for an empty text."""
     if not (candidate.is_scored.any() and reference.is_scored.any()):
@@ -39,6 +44,7 @@ def f_measure(candidate: Tokens, reference: Tokens) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
+@cache
 def hugging_face_tokens(folder: str, layer: int) -> Encoder:
     """Hidden states after that layer of the model in a local directory. Raises ValueError if it has no such layer."""
     if not (Path(folder) / "config.json").is_file():

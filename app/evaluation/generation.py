@@ -17,6 +17,7 @@ import ray
 
 from app import cluster, storage
 from app.artifacts import Input
+from app.evaluation import encoders
 from app.evaluation.config import ChoiceConfig, EvaluateConfig
 from app.evaluation.likelihood import Likelihood, encode_pair, score_pairs
 from app.models import encode, load_model, load_tokenizer, score_documents
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 GENERATION_SEQUENCES = 16  # documents in a shard, and in a batch
 SCORED_DOCUMENTS = 64  # in a shard
 COMPARED_PAIRS = 128  # in a shard: a question has as many pairs as choices
+SIMILAR_PAIRS = 64  # in a shard
 RESTARTS = 2  # of an actor whose process died; its shard is done again
 
 Work = Callable[..., list[Any]]  # (model, tokenizer, items, *settings) -> a result of each item, as JSON has it
@@ -67,6 +69,11 @@ class Workers:
         """The likelihood of each continuation after its context, by the model or by the benchmark's endpoint."""
         endpoint = (benchmark.endpoint_url, benchmark.endpoint_model) if benchmark.endpoint_url else ()
         return [Likelihood(*found) for found in self.map(_compare, pairs, COMPARED_PAIRS, *endpoint)]
+
+    def similarity(self, config: EvaluateConfig, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """BERTScore's F1 of each pair; here for the actors' sake: one thread each, whatever else the machine does."""
+        pairs = list(zip(predictions, references, strict=True))
+        return self.map(_similarity, pairs, SIMILAR_PAIRS, config.bertscore_dir, config.bertscore_layer)
 
     def map(self, work: Work, items: Sequence[Any], shard_items: int, *settings: int | str) -> list[Any]:
         """What the work gives for each item, in their order; shards done before are read, the others done and kept."""
@@ -144,6 +151,11 @@ def _compare(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], *endp
 
         return ask(encoded, model.config.max_position_embeddings, *endpoint)
     return score_pairs(model, encoded)
+
+
+def _similarity(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], folder: str, layer: int) -> list[float]:
+    encoder = encoders.hugging_face_tokens(folder, layer) if folder else encoders.bundled_tokens()
+    return encoders.f_measures(encoder, *zip(*pairs, strict=True))
 
 
 def _continue(

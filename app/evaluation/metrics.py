@@ -11,15 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import regex
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from app.evaluation.encoders import Encoder
-
+Similarity = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # of predictions to references
 Numbers = NDArray[np.float64]
 TEXTS = {"predictions": "string", "references": "string"}
 RESAMPLES = 1000
@@ -98,13 +96,13 @@ def likelihood_measures() -> list[Measure]:
     ]
 
 
-def text_measures(references: Sequence[str], encoder: Encoder, encoder_name: str) -> list[Measure]:
-    """Of what a model wrote, beside what it should have written: likeness, then variety."""
+def text_measures(references: Sequence[str], similarity: Similarity, encoder_name: str) -> list[Measure]:
+    """Of what a model wrote, beside what it should have written: likeness, then variety; similarity is BERTScore's."""
     return [
         bleu(choose_bleu_tokenizer(references)),
         chrf(),
         *(rouge(name) for name in ROUGE_TYPES),
-        bertscore(encoder, encoder_name),
+        bertscore(similarity, encoder_name),
         distinct(1),
         distinct(2),
         repetition(),
@@ -173,13 +171,11 @@ def rouge(name: str) -> Measure:
     return Measure(name, CHARACTERS, TEXTS, rows, _average)
 
 
-def bertscore(encoder: Encoder, encoder_name: str) -> Measure:
+def bertscore(similarity: Similarity, encoder_name: str) -> Measure:
     """Mean F1 of BERTScore, -1 to 1, not rescaled."""
 
     def rows(predictions: Sequence[str], references: Sequence[str]) -> Numbers:
-        from app.evaluation.encoders import f_measure
-
-        return _to_average(list(map(f_measure, encoder(predictions), encoder(references))))
+        return _to_average(similarity(predictions, references))
 
     return Measure("bertscore", f"sub-words of {encoder_name}", TEXTS, rows, _average)
 

@@ -50,8 +50,7 @@ def run(config: EvaluateConfig) -> Manifest:
         figures = _likelihood(workers, corpus.uri, held_out)
         samples = _continue(workers, held_out, config)
         found = [_ask(workers, one, shots, figures) for one in benchmarks for shots in one.shots]
-    if samples:
-        figures |= {"continuations": len(samples), **_compare(samples, config)}
+        figures |= _compare(workers, samples, config) if samples else {}
     states = {"held-out documents": decontamination.state_of_held_out(corpus)}
     states |= {name: decontamination.state_of(files, corpus) for name, files in asked.items()}
     sources = {"model": model.uri, "corpus": corpus.uri}
@@ -114,20 +113,18 @@ def _continue(workers: Workers, held_out: list[str], config: EvaluateConfig) -> 
     return workers.continue_texts(chosen, config)
 
 
-def _compare(samples: list[tuple[str, str, str]], config: EvaluateConfig) -> Figures:
+def _compare(workers: Workers, samples: list[tuple[str, str, str]], config: EvaluateConfig) -> Figures:
     """Likeness and variety of the continuations."""
-    from app.evaluation import encoders
     from app.evaluation.modules import figure_of
 
+    name = "Universal Sentence Encoder, before pooling"
+    if config.bertscore_dir:
+        name = f"{Path(config.bertscore_dir).name}, layer {config.bertscore_layer}"
     _, continuations, originals = (list(column) for column in zip(*samples, strict=True))
-    if folder := config.bertscore_dir:
-        encoder = encoders.hugging_face_tokens(folder, config.bertscore_layer)
-        name = f"{Path(folder).name}, layer {config.bertscore_layer}"
-    else:
-        encoder, name = encoders.bundled_tokens(), "Universal Sentence Encoder, before pooling"
-    measures = metrics.text_measures(originals, encoder, name)
+    measures = metrics.text_measures(originals, partial(workers.similarity, config), name)
     columns = {"predictions": continuations, "references": originals}
-    return {measure.name: _rounded(figure_of(measure, **columns)) for measure in measures}
+    found = {measure.name: _rounded(figure_of(measure, **columns)) for measure in measures}
+    return {"continuations": len(samples), **found}
 
 
 def _ask(workers: Workers, benchmark: ChoiceConfig, shots: int, figures: Figures) -> report.Benchmark:
