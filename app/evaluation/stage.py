@@ -52,6 +52,7 @@ def run(config: EvaluateConfig) -> Manifest:
         found = [_ask(workers, one, shots, figures) for one in benchmarks for shots in one.shots]
         figures |= _compare(workers, samples, config) if samples else {}
     states = {"held-out documents": decontamination.state_of_held_out(corpus)}
+    states["evaluation items in the corpus"] = decontamination.state_of_corpus(corpus)
     states |= {name: decontamination.state_of(files, corpus) for name, files in asked.items()}
     sources = {"model": model.uri, "corpus": corpus.uri}
     shown = report.Content(figures, sources, states, found, _training_log(model.uri), samples[:SAMPLES_SHOWN])
