@@ -18,7 +18,7 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from openai.types.embedding_create_params import EmbeddingCreateParams
 from pydantic import ValidationError
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS
 from ray.llm._internal.common.models import global_id_manager
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
@@ -58,7 +58,8 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "zero-to-one"
 LEDGER = "quota-ledger"
-LEDGER_SECONDS = 5.0  # longest wait for the ledger
+LEDGER_SECONDS = 10.0  # longest wait for the ledger, also for one that is being restarted
+LEDGER_RETRY_SECONDS = 0.2
 LEDGER_START_SECONDS = 60.0  # and for its process to start
 TRIES = 3  # of a request whose replica dies before it answers
 _KNOWN = {  # OpenAI's fields, also those that vLLM has no use for
@@ -213,18 +214,19 @@ class ClusterLedger:
         self._was_there = False
 
     async def apply(self, operations: Sequence[Operation]) -> Sequence[Grant | Refusal | None]:
-        """As Ledger.apply. Raises when it does not answer in time; the next call looks for it anew."""
-        try:
-            seconds = LEDGER_SECONDS if self._actor else LEDGER_START_SECONDS
-            self._actor = self._actor or await asyncio.to_thread(self._find)
-            result: Sequence[Grant | Refusal | None] = await asyncio.wait_for(
-                self._actor.apply.remote(list(operations)), seconds
-            )
-        except (RayActorError, GetTimeoutError, TimeoutError):
-            self._actor = None
-            raise
-        self._was_there = True
-        return result
+        """As Ledger.apply. One that has died is waited for, as it is being restarted; raises when it takes too long."""
+        seconds = LEDGER_SECONDS if self._was_there else LEDGER_START_SECONDS
+        async with asyncio.timeout(seconds):
+            while True:
+                try:
+                    self._actor = self._actor or await asyncio.to_thread(self._find)
+                    result: Sequence[Grant | Refusal | None] = await self._actor.apply.remote(list(operations))
+                except RayActorError:
+                    self._actor = None
+                    await asyncio.sleep(LEDGER_RETRY_SECONDS)
+                else:
+                    self._was_there = True
+                    return result
 
     def _find(self) -> Any:
         options = {"name": LEDGER, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached"}
