@@ -27,6 +27,7 @@ from app.serving.engine import (
 from app.serving.lineage import lineage
 from app.serving.moderation import build_moderator
 
+DRAIN_SECONDS = 600  # longest answer that a replica may finish before another takes its place; as request_timeout_s
 STARTS = 2  # of an engine that never came up, before the deployment fails; Ray's own limit takes minutes to reach
 
 
@@ -42,7 +43,12 @@ def build_app(args: ServeConfig) -> Application:
     configs = {name: _llm_config(one, cluster.has_gpu()) for name, (one, _) in served.items()}
     told = [lineage(manifest, name) for name, (_, manifest) in served.items()]
     size = args.ingress_replicas
-    options = {"autoscaling_config": {"min_replicas": size, "max_replicas": size}, "ray_actor_options": {"num_cpus": 0}}
+    options = {
+        "autoscaling_config": {"min_replicas": size, "max_replicas": size},
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": DRAIN_SECONDS,
+        "max_surge_percent": 100,  # new ones start before the old ones end, as they need no CPU of their own
+    }
     ingress = serve.ingress()(gateway.Gateway)
     return serve.deployment(ingress, name="Gateway", max_ongoing_requests=1000, **options).bind(
         args=args,
@@ -84,6 +90,7 @@ def _llm_config(args: ServeConfig, use_gpu: bool) -> LLMConfig:
             },
             "max_ongoing_requests": 8 * args.target_ongoing_requests,
             "max_constructor_retry_count": STARTS,
+            "graceful_shutdown_timeout_s": DRAIN_SECONDS,
         },
         experimental_configs={"stream_batching_interval_ms": args.stream_batching_ms},
         log_engine_metrics=True,

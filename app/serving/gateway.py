@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from openai.types.embedding_create_params import EmbeddingCreateParams
 from pydantic import ValidationError
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
-from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS, VLLM_FATAL_ERRORS
 from ray.llm._internal.common.models import global_id_manager
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.llm._internal.serve.core.configs.openai_api_models import (
@@ -58,15 +59,23 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "zero-to-one"
 LEDGER = "quota-ledger"
-LEDGER_SECONDS = 5.0  # longest wait for the ledger
+LEDGER_SECONDS = 10.0  # longest wait for the ledger, also for one that is being restarted
+LEDGER_RETRY_SECONDS = 0.2
 LEDGER_START_SECONDS = 60.0  # and for its process to start
+ENGINE_LOOK_SECONDS = 0.5  # between two looks whether the engine lives
 TRIES = 3  # of a request whose replica dies before it answers
 _KNOWN = {  # OpenAI's fields, also those that vLLM has no use for
     ChatCompletionRequest: ChatParameters,
     CompletionRequest: CompletionParameters,
     EmbeddingCompletionRequest: EmbeddingCreateParams,
 }
-_REPLICA_GONE = (ActorDiedError, ActorUnavailableError, RayActorError, DeploymentUnavailableError)
+_REPLICA_GONE = (
+    ActorDiedError,
+    ActorUnavailableError,
+    RayActorError,
+    DeploymentUnavailableError,
+    *VLLM_FATAL_ERRORS,  # the replica is about to end
+)
 
 
 class StreamServer(LLMServer):  # type: ignore[misc]
@@ -75,8 +84,23 @@ class StreamServer(LLMServer):  # type: ignore[misc]
     async def start(self) -> None:
         """Start the engine."""
         await super().start()
+        self._watching = asyncio.create_task(self._end_with_engine())
         if self.engine._oai_serving_tokenization is None:  # Ray 2.60 looks for it under vLLM's former name
             self.engine._oai_serving_tokenization = getattr(self.engine._app_state, "serving_tokenization", None)
+
+    async def _end_with_engine(self) -> None:
+        """End this process when the engine's has ended.
+
+        Serve would learn it from three failed checks ten seconds apart, and send requests here until then: more than
+        to the others, since they fail at once.
+        """
+        while True:
+            await asyncio.sleep(ENGINE_LOOK_SECONDS)
+            try:
+                await self.check_health()
+            except Exception:
+                logger.exception("the engine is dead, and this replica ends with it")
+                os._exit(1)
 
     async def _maybe_resolve_lora_from_multiplex(self) -> None:
         try:
@@ -213,18 +237,19 @@ class ClusterLedger:
         self._was_there = False
 
     async def apply(self, operations: Sequence[Operation]) -> Sequence[Grant | Refusal | None]:
-        """As Ledger.apply. Raises when it does not answer in time; the next call looks for it anew."""
-        try:
-            seconds = LEDGER_SECONDS if self._actor else LEDGER_START_SECONDS
-            self._actor = self._actor or await asyncio.to_thread(self._find)
-            result: Sequence[Grant | Refusal | None] = await asyncio.wait_for(
-                self._actor.apply.remote(list(operations)), seconds
-            )
-        except (RayActorError, GetTimeoutError, TimeoutError):
-            self._actor = None
-            raise
-        self._was_there = True
-        return result
+        """As Ledger.apply. One that has died is waited for, as it is being restarted; raises when it takes too long."""
+        seconds = LEDGER_SECONDS if self._was_there else LEDGER_START_SECONDS
+        async with asyncio.timeout(seconds):
+            while True:
+                try:
+                    self._actor = self._actor or await asyncio.to_thread(self._find)
+                    result: Sequence[Grant | Refusal | None] = await self._actor.apply.remote(list(operations))
+                except RayActorError:
+                    self._actor = None
+                    await asyncio.sleep(LEDGER_RETRY_SECONDS)
+                else:
+                    self._was_there = True
+                    return result
 
     def _find(self) -> Any:
         options = {"name": LEDGER, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached"}

@@ -72,6 +72,14 @@ def test_a_replica_that_dies_before_it_answers_is_replaced(asked: Callable[..., 
     assert all(one.is_cancelled for one in tries)
 
 
+def test_a_replica_whose_engine_is_dead_is_replaced_as_well(asked: Callable[..., Any]) -> None:
+    from ray.exceptions import RayTaskError
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    dead = RayTaskError("chat", "traceback", EngineDeadError()).as_instanceof_cause()  # as Ray raises it here
+    assert asked([dead], [["a"]])[0] == [["a"]]
+
+
 @pytest.mark.parametrize("tries", [([["a"], "GONE"],), (["GONE"], ["GONE"], ["GONE"])])
 def test_within_a_stream_or_too_often_it_is_not(asked: Callable[..., Any], tries: tuple[list[Any], ...]) -> None:
     with pytest.raises(Refused) as raised:
