@@ -99,7 +99,7 @@ def engine_environment(config: ServeConfig, use_gpu: bool, machine: Machine | No
     if use_gpu:
         return variables
     num_free = (machine or read_machine()).num_cores - 1
-    num_threads = config.threads_per_replica or max(1, num_free // config.max_replicas)
+    num_threads = config.threads_per_replica or max(1, num_free // _num_engines(config))
     return variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(num_threads)}
 
 
@@ -118,12 +118,17 @@ def context_tokens(config: ServeConfig) -> int:
     return int(found)
 
 
+def _num_engines(config: ServeConfig) -> int:
+    """The most that run at the same time."""
+    return config.max_replicas * (2 if config.candidate.model_uri else 1)
+
+
 def _cache_bytes(config: ServeConfig, machine: Machine) -> int:
     """Of one replica: what some sequences of full length take, within a share of the machine; at least one of them."""
     block = BLOCK_TOKENS * _token_bytes(config)
     blocks_of_one = -(-context_tokens(config) // BLOCK_TOKENS)
     one, some = (block * (count * blocks_of_one + 1) for count in (1, FULL_SEQUENCES))  # vLLM keeps a block for itself
-    share = machine.available_bytes // CACHE_SHARE // config.max_replicas
+    share = machine.available_bytes // CACHE_SHARE // _num_engines(config)
     return max(one, min(share, max(some, MIN_CACHE_BYTES)))
 
 

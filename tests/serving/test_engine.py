@@ -109,6 +109,7 @@ def test_bfloat16_halves_the_cache_and_heads_need_not_be_grouped(model: dict[str
         (2, {"max_replicas": 2}, "1"),
         (16, {}, "15"),
         (16, {"max_replicas": 2}, "7"),
+        (16, {"candidate": {"model_uri": "/elsewhere"}}, "7"),
     ],
 )
 def test_replicas_share_the_cores_and_none_is_bound_to_some(
