@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ MAX_SEQUENCES = 128  # answers that one request may ask for, over all its prompt
 
 _TEMPLATE = ("tools", "documents", "chat_template_kwargs", "suffix")  # fields that a model may come to read
 _PLAIN = ("role", "content")  # of a message
+
+
+_MANY_DIGITS = re.compile(rb"\d{19}")
 
 
 class Refused(Exception):  # noqa: N818  # an answer, not a fault
@@ -40,7 +44,8 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 def read_body(raw: bytes) -> dict[str, Any]:
     """The JSON object. Raises Refused."""
     try:
-        body = json.loads(raw.decode(), parse_constant=_no_number, parse_float=_finite)
+        parse_int = _int64 if _MANY_DIGITS.search(raw) else None  # a prompt may be a million small ones
+        body = json.loads(raw.decode(), parse_constant=_no_number, parse_float=_finite, parse_int=parse_int)
         if b"\\ud" in raw or b"\\uD" in raw:
             json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
@@ -54,6 +59,12 @@ def read_body(raw: bytes) -> dict[str, Any]:
 
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number in JSON")
+
+
+def _int64(digits: str) -> int:
+    if not -(1 << 63) <= (number := int(digits)) < 1 << 63:
+        raise ValueError(f"{digits[:20]} does not fit 64 bits")  # the engine's messages hold no more
+    return number
 
 
 def _finite(digits: str) -> float:

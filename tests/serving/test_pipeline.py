@@ -245,6 +245,8 @@ def test_a_model_that_the_key_may_not_use_is_one_that_does_not_exist() -> None:
         (b"[" * 9000, 400),
         (b'{"model": "m", "temperature": NaN}', 400),
         (b'{"model": "m", "temperature": 1e999}', 400),
+        (b'{"model": "m", "seed": 9223372036854775808}', 400),
+        (b'{"model": "m", "messages": [], "seed": 9223372036854775807}', 200),
         (chat(model=3), 400),
         (chat(stream="yes"), 400),
         (chat(n=0), 400),
