@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,10 @@ class Recorder:
         )
 
 
+async def _always_ready() -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Routes:
     """What each path answers. `models` is OpenAI's card of each, by id."""
@@ -98,7 +102,7 @@ class Routes:
     models: Mapping[str, Mapping[str, Any]]
     lineage: Mapping[str, Any]
     close: Callable[[], None] = lambda: None
-    is_ready: Callable[[], bool] = lambda: True
+    is_ready: Callable[[], Awaitable[bool]] = _always_ready
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -117,9 +121,9 @@ class Routes:
                 answer = self.pipeline.answer(OPERATIONS[path], key, message.get("body", b""), note, send)
                 await _until_disconnect(answer, receive)
             return
-        await send_answer(send, self._look_up(scope["method"], path, key))
+        await send_answer(send, await self._look_up(scope["method"], path, key))
 
-    def _look_up(self, method: str, path: str, key: Key | None) -> Answer:
+    async def _look_up(self, method: str, path: str, key: Key | None) -> Answer:
         is_known = path in OPERATIONS or path in (*OPEN_PATHS, MODELS, "/v1/lineage") or path.startswith(f"{MODELS}/")
         if not is_known:
             return openai_error(404, f"There is nothing at {path[:200]}.", code="not_found")
@@ -130,7 +134,7 @@ class Routes:
         if path == "/health":  # of this process
             return whole({"status": "ok"})
         if path == "/ready":  # of the engines
-            return whole({"status": "ready"}) if self.is_ready() else openai_error(503, "No engine is up yet.")
+            return whole({"status": "ready"}) if await self.is_ready() else openai_error(503, "No engine is up yet.")
         if path == "/v1/lineage":
             return whole(self.lineage)
         assert key is not None

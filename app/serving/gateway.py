@@ -63,6 +63,7 @@ LEDGER_SECONDS = 10.0  # longest wait for the ledger, also for one that is being
 LEDGER_RETRY_SECONDS = 0.2
 LEDGER_START_SECONDS = 60.0  # and for its process to start
 ENGINE_LOOK_SECONDS = 0.5  # between two looks whether the engine lives
+READY_SECONDS = 1.0  # anybody may ask, without a key
 TRIES = 3  # of a request whose replica dies before it answers
 _KNOWN = {  # OpenAI's fields, also those that vLLM has no use for
     ChatCompletionRequest: ChatParameters,
@@ -142,6 +143,8 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
         self._catalog = Catalog(versions, args.candidate.traffic_percent, adapters)
         self._audit = AuditLog(args.audit) if args.audit.path else None
         self._door = Door(args.door)
+        self._application = serve.get_replica_context().app_name
+        self._looked_at, self._has_engines = float("-inf"), False
         self._instruments = _instruments()
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
@@ -163,11 +166,19 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
         guarded = ApiKeyMiddleware(routes, self._keys, args.max_body_bytes, OPEN_PATHS)
         return Recorder(guarded, self._record, lambda name: self._catalog.version_of(name).digest)
 
-    def _is_ready(self) -> bool:
-        """Whether each version has a replica, or would start one."""
-        return self._args.min_replicas == 0 or all(
-            self._get_configured_serve_handle(version.name).running_replicas_populated()
-            for version in self._catalog.versions
+    async def _is_ready(self) -> bool:
+        """Whether each version has a replica that runs, or would start one; asked of Serve once in READY_SECONDS."""
+        now = asyncio.get_running_loop().time()
+        if now - self._looked_at >= READY_SECONDS:
+            self._looked_at = now
+            self._has_engines = self._args.min_replicas == 0 or await asyncio.to_thread(self._count_engines)
+        return self._has_engines
+
+    def _count_engines(self) -> bool:
+        application = serve.status().applications.get(self._application)
+        names = [handle.deployment_name for handle in self._default_serve_handles.values()]
+        return application is not None and all(
+            application.deployments[name].replica_states.get("RUNNING", 0) for name in names
         )
 
     def _get_configured_serve_handle(self, model_id: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -564,6 +565,29 @@ def test_a_candidate_takes_its_share(client: openai.OpenAI, config: DeployConfig
     while versions - {record["model_version"] for record in audited(config)}:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_without_its_engine_the_endpoint_is_not_ready_until_another_runs(
+    cluster: LocalCluster, client: openai.OpenAI
+) -> None:
+    """The candidate's runs on; the model's own is killed."""
+    root = str(client.base_url).removesuffix("v1/")
+    prefix = f"ray::ServeReplica:{MODEL}:StreamServer:{MODEL}"
+    engines = [
+        process
+        for process in psutil.Process(cluster.pid).children(recursive=True)
+        if process.name() and process.cmdline() and process.cmdline()[0].rstrip().split(".")[0] == prefix
+    ]
+    assert len(engines) == 1
+    assert httpx.get(f"{root}ready").status_code == 200
+    engines[0].kill()
+    for wanted in (503, 200):
+        deadline = time.monotonic() + 180
+        while httpx.get(f"{root}ready").status_code != wanted:
+            assert time.monotonic() < deadline, wanted
+            time.sleep(0.2)
+    assert httpx.get(f"{root}health").status_code == 200
+    assert client.completions.create(model=MODEL, prompt="孔明", max_tokens=1).choices
 
 
 def audited(config: DeployConfig) -> list[dict[str, Any]]:

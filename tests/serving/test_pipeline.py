@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,13 @@ class Engine:
 class Endpoint:
     """The whole application around an engine; one key for each of these names."""
 
-    def __init__(self, engine: Engine, door: DoorConfig | None = None, **keys: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        door: DoorConfig | None = None,
+        is_ready: Callable[[], Awaitable[bool]] | None = None,
+        **keys: dict[str, Any],
+    ) -> None:
         self.engine = engine
         self.records: list[AuditRecord] = []
         self.door = Door(door or DoorConfig())
@@ -99,7 +105,7 @@ class Endpoint:
             context_tokens=1000,
             with_text=True,
         )
-        routes = Routes(pipeline, {"m": {"id": "m"}}, {"digest": "3f"})
+        routes = Routes(pipeline, {"m": {"id": "m"}}, {"digest": "3f"}, **({"is_ready": is_ready} if is_ready else {}))
         store = KeyStore(
             fixed=[Key(name=name, digest=digest(name), **more) for name, more in ({"k": {}} | keys).items()]
         )
@@ -230,6 +236,16 @@ def test_a_model_that_the_key_may_not_use_is_one_that_does_not_exist() -> None:
     assert run(endpoint, path="/v1/models/m", key="other").status == 404
     assert run(endpoint, path="/v1/models").json == {"object": "list", "data": [{"id": "m"}]}
     assert run(endpoint, path="/v1/models/m").json == {"id": "m"}
+
+
+@pytest.mark.parametrize(("has_engines", "status"), [(True, 200), (False, 503)])
+def test_readiness_is_told_without_a_key(has_engines: bool, status: int) -> None:
+    async def is_ready() -> bool:
+        return has_engines
+
+    endpoint = Endpoint(Engine("好"), is_ready=is_ready)
+    assert run(endpoint, path="/ready", key=None).status == status
+    assert run(endpoint, path="/health", key=None).status == 200
 
 
 @pytest.mark.parametrize(
