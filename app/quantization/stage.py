@@ -82,14 +82,16 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
         tokenizer = load_tokenizer(model_dir)
         held_out = sample_texts(corpus_uri, "held_out", config.num_comparison_documents)
         documents = encode(tokenizer, sample_texts(corpus_uri, "train", CALIBRATION_DOCUMENTS))
-        before: float | None = None
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        model = load_model(model_dir, dtype).to(device)
+        if hasattr(model.config, "quantization_config"):
+            raise ValueError(f"model_uri: {model_uri} is quantized already; name the model it was made from")
+        before = _bits_per_byte(model, tokenizer, held_out)
+        window_tokens = min(model.config.max_position_embeddings, 2048)
+        windows = awq.choose_windows(documents, config.num_calibration_samples, window_tokens, config.seed)
         for group_size in config.group_sizes:
-            model = load_model(model_dir, "bfloat16" if device == "cuda" else "float32").to(device)
-            if hasattr(model.config, "quantization_config"):
-                raise ValueError(f"model_uri: {model_uri} is quantized already; name the model it was made from")
-            before = before or _bits_per_byte(model, tokenizer, held_out)
-            window_tokens = min(model.config.max_position_embeddings, 2048)
-            windows = awq.choose_windows(documents, config.num_calibration_samples, window_tokens, config.seed)
+            if tried:  # what was quantized before is no longer the model
+                model = load_model(model_dir, dtype).to(device)
             awq.quantize(model, windows, group_size, config.symmetric, config.ignore)
             after = _bits_per_byte(model, tokenizer, held_out)
             loss_percent = round(100 * (after / before - 1), 2)
@@ -103,7 +105,7 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
         sizes = awq.linear_sizes(Path(folder))
         storage.upload(Path(folder), uri)
     return {
-        "bits_per_byte_before": round(before or math.nan, 4),
+        "bits_per_byte_before": round(before, 4),
         "bits_per_byte_after": round(after, 4),
         "loss_percent": loss_percent,
         GATE: verdict,
