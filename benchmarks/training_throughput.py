@@ -2,7 +2,7 @@
 
 All do the same steps on the same DeepSpeed config, which their losses show; ours runs with and without checkpoints.
 The clock runs from the end of the warm-up to the end of the last step. Ray is up for our runs, and for one more of the
-bare loop beside an idle cluster: what Ray's own processes take of so few cores is no cost of a larger machine.
+bare loop beside an idle cluster: that tells what Ray's own processes take of so few cores from what our loop takes.
 """
 
 from __future__ import annotations
