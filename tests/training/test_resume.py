@@ -75,8 +75,8 @@ def test_a_killed_job_submitted_again_changes_nothing(undisturbed: Path, cluster
 def test_a_job_that_is_told_to_end_leaves_a_checkpoint(
     undisturbed: Path, cluster: LocalCluster, tmp_path: Path
 ) -> None:
-    """SIGTERM between two checkpoints: one is made at that step, and the next job goes on from there."""
-    job = start(tmp_path, undisturbed, cluster, checkpoint_interval_steps=25)
+    """SIGTERM before the first checkpoint: one is made at that step, and the next job goes on from there."""
+    job = start(tmp_path, undisturbed, cluster, checkpoint_interval_steps=60)
     while not journal.read_events(f"{tmp_path}/checkpoints", "first_step"):
         assert job.poll() is None
         time.sleep(0.1)
@@ -85,8 +85,8 @@ def test_a_job_that_is_told_to_end_leaves_a_checkpoint(
     assert job.returncode == stage.STOPPED, said[-3000:]
     (manifest,) = checkpoint.find_complete(f"{tmp_path}/checkpoints")
     assert f"stopped after a checkpoint at step {manifest.step}; submit the job again to go on" in said
-    assert 0 < manifest.step < 25
-    said = finish(start(tmp_path, undisturbed, cluster, checkpoint_interval_steps=25))
+    assert 0 < manifest.step < 60
+    said = finish(start(tmp_path, undisturbed, cluster, checkpoint_interval_steps=60))
     assert f"resuming after step {manifest.step}" in said
     assert_equal_runs(tmp_path, undisturbed)
 
