@@ -1,7 +1,8 @@
 """AWQ by llm-compressor beside AutoAWQ: the same model, calibration windows, rounding and held-out text.
 
 Each run is a process of its own with the backend's overlay; what is timed is the search and the rounding, not the
-loading, in CPU seconds of its threads. Models: SmolLM2-135M by default, or any folders with a `model` and a `corpus` artifact in them.
+loading, in CPU seconds of all its threads. Models: SmolLM2-135M by default, or any folders with a `model` and a
+`corpus` artifact in them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def compare(folder: Path, group_size: int, runs: int) -> float:
     for backend, times in seconds.items():
         told = ", ".join(f"{name} {value}" for name, value in figures[backend].items())
         print(
-            f"{folder.name}, groups of {group_size}, {backend:15}{statistics.median(times):7.1f} CPU s  {told}", flush=True
+            f"{folder.name}, groups of {group_size}, {backend:15}{statistics.median(times):7.1f} CPU s  {told}",
+            flush=True,
         )
     return statistics.median(seconds["autoawq"]) / statistics.median(seconds["llm-compressor"])
 
