@@ -53,6 +53,18 @@ class ReplayConfig(Config):
     share: float = Field(0.0, ge=0, lt=1, description="share of each batch that comes from it")
 
 
+class AdapterConfig(Config):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685): small matrices beside frozen weights are trained, not the weights."""
+
+    rank: int = Field(0, ge=0, description="of the matrices; 0: no adapter, all weights are trained")
+    alpha: float = Field(16.0, gt=0, description="their output is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into them, in training")
+    target_modules: tuple[str, ...] = Field(
+        ("all-linear",), min_length=1, description="names of layers that get one; all-linear: all but the output"
+    )
+    merge: bool = Field(False, description="write the whole model with the adapter added, not the adapter alone")
+
+
 class CorrectionConfig(Config):
     """When a run goes back to its last good checkpoint and skips the data since (PaLM, arXiv:2204.02311, 5.1)."""
 
@@ -74,12 +86,15 @@ class TrainConfig(RunConfig):
     """Settings of `train_model`."""
 
     tokens_uri: str = Field("tokens", description="tokens artifact")
-    tokenizer_uri: str = Field("tokenizer", description="tokenizer artifact, copied into the model")
+    tokenizer_uri: str = Field("tokenizer", description="what the tokens were packed with; copied into the model")
     checkpoints_uri: str = Field("checkpoints", description="training's private folder; a rerun resumes from it")
-    output_uri: str = Field("model", description="where the trained model goes, in the Hugging Face layout")
+    output_uri: str = Field(
+        "model", description="where the model goes, in the Hugging Face layout; or the adapter, in PEFT's"
+    )
     model: ModelConfig = ModelConfig()
     init_from_uri: str = Field("", description="continue from this Hugging Face folder instead; `model` is not used")
     replay: ReplayConfig = ReplayConfig()
+    adapter: AdapterConfig = AdapterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     num_steps: int = Field(300, ge=1, description="optimizer steps")
     global_batch_sequences: int = Field(32, ge=1, description="token blocks in one optimizer step, over all workers")
@@ -122,6 +137,10 @@ class TrainConfig(RunConfig):
             raise ValueError(f"min_workers ({self.min_workers}) must not exceed num_workers ({self.num_workers})")
         if bool(self.replay.tokens_uri) != (self.replay.share > 0):
             raise ValueError("replay.tokens_uri and replay.share belong together: set both or none")
+        if self.adapter.rank and not self.init_from_uri:
+            raise ValueError("adapter.rank: an adapter needs a model below it: set init_from_uri")
+        if self.adapter.merge and not self.adapter.rank:
+            raise ValueError("adapter.merge: there is no adapter to merge; set adapter.rank")
         if (self.offload_optimizer == "nvme") != bool(self.nvme_dir):
             raise ValueError("offload_optimizer nvme and nvme_dir belong together: set both or none")
         return self
@@ -129,6 +148,11 @@ class TrainConfig(RunConfig):
     def accumulation_steps(self, num_workers: int) -> int:
         """Forward passes of each worker in one optimizer step; the last may be filled up with rows of no weight."""
         return math.ceil(math.ceil(self.global_batch_sequences / num_workers) / self.micro_batch_sequences)
+
+    @property
+    def kind(self) -> Literal["model", "adapter"]:
+        """Of the artifact that is made."""
+        return "adapter" if self.adapter.rank and not self.adapter.merge else "model"
 
     def plan(self) -> list[str]:
         """Workers, steps and where the checkpoints are."""

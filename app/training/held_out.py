@@ -17,6 +17,7 @@ from app.artifacts import read_manifest
 from app.training.batches import Blocks, open_blocks
 from app.training.checkpoint import SCORE
 from app.training.config import TrainConfig
+from app.training.feed import positions_of
 
 FIGURES = (SCORE, "replay_bits_per_byte")
 
@@ -32,13 +33,16 @@ class HeldOut:
     def open(cls, tokens_uri: str, cache_dir: str) -> Self | None:
         """None when the split fills no block. A block's first token is context only; the tail is not scored.
 
-        The bytes are those of the split times the share of its tokens that are scored.
+        The bytes are those of the split times the share of its tokens that are scored; of conversations, those of the
+        answers.
         """
         tokens = read_manifest(tokens_uri, "tokens")
         figures: Any = tokens.figures["held_out"]
         if not figures["blocks"]:
             return None
         blocks = open_blocks(tokens.uri, "held_out", tokens.digest, cache_dir)
+        if blocks.loss_mask is not None:
+            return cls(blocks, figures["bytes"])
         scored_tokens = len(blocks) * (blocks.block_tokens - 1)
         return cls(blocks, figures["bytes"] * scored_tokens / figures["tokens"])
 
@@ -59,13 +63,29 @@ class HeldOut:
         for start in range(0, len(self.blocks), once):
             rows = np.arange(start, start + once)[rank::world_size]
             inside = rows < len(self.blocks)  # the last pass is filled up with block 0, which does not count there
-            chosen = self.blocks.input_ids[np.where(inside, rows, 0)]
-            input_ids = torch.from_numpy(chosen).long().to(device)  # [B, T]
-            logits = model(input_ids=input_ids).logits[:, :-1].float()  # [B, T-1, V]
-            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
+            chosen = np.where(inside, rows, 0)
+            inputs = {"input_ids": torch.from_numpy(self.blocks.input_ids[chosen]).long().to(device)}  # [B, T]
+            if self.blocks.loss_mask is not None:  # packed conversations do not see each other
+                positions = positions_of([(self.blocks, int(row)) for row in chosen], self.blocks.block_tokens)
+                inputs["position_ids"] = torch.from_numpy(positions).to(device)
+            logits = _logits(model, inputs)[:, :-1].float()  # [B, T-1, V]
+            targets = inputs["input_ids"][:, 1:]
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            if self.blocks.loss_mask is not None:
+                losses = losses * torch.from_numpy(self.blocks.loss_mask[chosen][:, 1:]).to(device)
             nats += losses.sum(1).double()[torch.from_numpy(inside)].sum()
         model.train()
         return nats
+
+
+def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[B, T, V]; flash attention tells documents apart in a single row only."""
+    if "position_ids" in inputs and getattr(model.config, "_attn_implementation", "") == "flash_attention_2":
+        joined = {name: tensor.view(1, -1) for name, tensor in inputs.items()}
+        logits: torch.Tensor = model(**joined).logits.view(*inputs["input_ids"].shape, -1)
+        return logits
+    logits = model(**inputs).logits
+    return logits
 
 
 def open_all(config: TrainConfig) -> dict[str, HeldOut]:

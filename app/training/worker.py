@@ -18,7 +18,7 @@ import ray.train
 import torch
 
 from app import logs
-from app.training import checkpoint, export, restart, saver
+from app.training import adapter, checkpoint, export, restart, saver
 from app.training.batches import Blocks, open_plan, open_train_blocks
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
@@ -92,10 +92,16 @@ class Worker:
         if self.rank == 0:
             if not self.start.manifest:
                 export.save_architecture(self.engine.module.config, type(self.engine.module).__name__, self.run_uri)
+            trained, total = adapter.count(self.engine.module)
+            if trained < total:
+                logger.info(
+                    "training %s of %s parameters, %.2f %%", f"{trained:,}", f"{total:,}", 100 * trained / total
+                )
             add_event(
                 self.run_uri, "started", step=self.step, world_size=self.world_size,
                 import_seconds=job["import_seconds"], setup_seconds=built - job["began"] - job["import_seconds"],
                 load_seconds=time.time() - built, reached=self.start.reached, last_alive=self.start.last_alive,
+                trainable_parameters=trained, all_parameters=total,
             )  # fmt: skip
         self.telemetry = Telemetry(self.config, self.run_uri, job["run_name"], self.journal, self.step)
         torch.distributed.barrier()
