@@ -15,7 +15,7 @@ from typing import Any
 Message = dict[str, Any]
 
 ROLES = {
-    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant", "tool": "tool",
     "observation": "tool", "function_call": "function_call",
 }  # fmt: skip

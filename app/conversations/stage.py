@@ -150,7 +150,10 @@ def _pack(examples: Sequence[Example], uri: str, block_tokens: int, padding: int
         for chosen in assign([example.packed_tokens for example in examples], block_tokens)
     ]
     if blocks:
-        with storage.open_file(uri, "wb") as target, pq.ParquetWriter(target, CONVERSATION_BLOCK, "zstd") as writer:
+        with (
+            storage.open_file(uri, "wb") as target,
+            pq.ParquetWriter(target, CONVERSATION_BLOCK, compression="zstd") as writer,
+        ):
             for start in range(0, len(blocks), ROWS):
                 writer.write_table(_table(blocks[start : start + ROWS]))
     tokens = sum(example.packed_tokens for example in examples)

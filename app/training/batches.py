@@ -34,6 +34,7 @@ Ids = npt.NDArray[np.int32]
 Offsets = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
+PAIRS = "pairs"  # figure `kind` of tokens that are preferences
 _MASK = "loss_mask"
 _NAMES = ("input_ids.int32", "starts.int32", "offsets.int64")
 _BATCH_ROWS = 256  # decoded at a time

@@ -65,6 +65,12 @@ class AdapterConfig(Config):
     merge: bool = Field(False, description="write the whole model with the adapter added, not the adapter alone")
 
 
+class PreferenceConfig(Config):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), where the tokens are pairs of answers."""
+
+    beta: float = Field(0.1, gt=0, description="how strongly the model is held to what it was before")
+
+
 class CorrectionConfig(Config):
     """When a run goes back to its last good checkpoint and skips the data since (PaLM, arXiv:2204.02311, 5.1)."""
 
@@ -95,6 +101,7 @@ class TrainConfig(RunConfig):
     init_from_uri: str = Field("", description="continue from this Hugging Face folder instead; `model` is not used")
     replay: ReplayConfig = ReplayConfig()
     adapter: AdapterConfig = AdapterConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     num_steps: int = Field(300, ge=1, description="optimizer steps")
     global_batch_sequences: int = Field(32, ge=1, description="token blocks in one optimizer step, over all workers")

@@ -124,18 +124,7 @@ class Feed:
         given = np.zeros(self._share.micro_batch, np.int64)
         given[: len(rows)] = rows
         found = [self._find(row) for row in given.tolist()]
-        input_ids = np.stack([blocks.input_ids[row] for blocks, row in found]).astype(np.int64)  # [B, T]
-        labels = input_ids.copy()
-        labels[:, 0] = IGNORED  # nothing precedes it; also when the rows are joined to one
-        labels[len(rows) :] = IGNORED
-        for index, (blocks, row) in enumerate(found):
-            if blocks.loss_mask is not None:
-                labels[index, ~blocks.loss_mask[row]] = IGNORED
-        if not self._share.document_masking:
-            return {"input_ids": input_ids, "labels": labels}
-        for index, (blocks, row) in enumerate(found):
-            labels[index, blocks.document_starts(row)] = IGNORED
-        return {"input_ids": input_ids, "labels": labels, "position_ids": positions_of(found, input_ids.shape[1])}
+        return batch_of(found, len(rows), self._share.document_masking)
 
     def _count_labels(self, rows: Rows) -> int:
         """Labels of the rows, or pairs, without reading their tokens."""
@@ -149,6 +138,22 @@ class Feed:
     def _find(self, row: int) -> tuple[Blocks, int]:
         replayed = row - self._plan.num_rows
         return (self._sources[0], row) if replayed < 0 else (self._sources[1], replayed)
+
+
+def batch_of(found: Sequence[tuple[Blocks, int]], num_rows: int, document_masking: bool = True) -> dict[str, Tokens]:
+    """The model's inputs from blocks and rows; those after the first num_rows have no labels."""
+    input_ids = np.stack([blocks.input_ids[row] for blocks, row in found]).astype(np.int64)  # [B, T]
+    labels = input_ids.copy()
+    labels[:, 0] = IGNORED  # nothing precedes it; also when the rows are joined to one
+    labels[num_rows:] = IGNORED
+    for index, (blocks, row) in enumerate(found):
+        if blocks.loss_mask is not None:
+            labels[index, ~blocks.loss_mask[row]] = IGNORED
+    if not document_masking:
+        return {"input_ids": input_ids, "labels": labels}
+    for index, (blocks, row) in enumerate(found):
+        labels[index, blocks.document_starts(row)] = IGNORED
+    return {"input_ids": input_ids, "labels": labels, "position_ids": positions_of(found, input_ids.shape[1])}
 
 
 def positions_of(rows: Sequence[tuple[Blocks, int]], block_tokens: int) -> Tokens:

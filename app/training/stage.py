@@ -30,7 +30,7 @@ from app import cluster, storage
 from app.artifacts import Input, Manifest, clear, find_complete, folder_input, publish, read_manifest
 from app.models import END_OF_TEXT
 from app.training import checkpoint, goodput, journal, ledger, report, signals
-from app.training.batches import open_plan, read_tokens
+from app.training.batches import PAIRS, open_plan, read_tokens
 from app.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,11 @@ def _inputs(config: TrainConfig) -> dict[str, Input]:
             raise ValueError(f"{tokens.uri}: packed with another tokenizer than {tokenizer.uri}; pack it again")
         if tokens.figures.get("kind") and not config.document_masking:
             raise ValueError(f"document_masking: {tokens.uri} holds conversations, packed together: set it to true")
+        if tokens.figures.get("kind") == PAIRS and (name == "replay" or config.replay.share or not config.adapter.rank):
+            raise ValueError(
+                f"{tokens.uri} holds preferences: they are learned by an adapter, measured against the model without "
+                "it, and nothing is replayed: set adapter.rank, and replay.share to 0"
+            )
         inputs[name] = tokens.as_input()
     if config.init_from_uri:
         try:

@@ -1,6 +1,6 @@
 """Conversations that a tiny model can learn, a tokenizer that reads them, and a base model that answers none of them.
 
-The task: of a sentence of the novel, name the person and the deed as JSON. Imports torch and transformers only when it
+The task: of a sentence of the novel, say as JSON whose side its person is on. Imports torch and transformers only when it
 trains, so that collecting the tests stays fast.
 """
 
@@ -15,19 +15,21 @@ from typing import Any
 from app.artifacts import Manifest, publish
 from app.config import RunConfig
 
-NAMES = ["刘备", "关羽", "张飞", "赵云", "曹操", "孙权", "周瑜", "诸葛亮", "吕布", "袁绍", "马超", "黄忠"]
+SIDES = {
+    "刘备": "蜀", "关羽": "蜀", "张飞": "蜀", "赵云": "蜀", "曹操": "魏", "张辽": "魏", "许褚": "魏", "司马懿": "魏",
+    "孙权": "吴", "周瑜": "吴", "鲁肃": "吴", "陆逊": "吴",
+}  # fmt: skip
+NAMES = list(SIDES)
 DEEDS = ["引兵南下", "问计于众", "大败而走", "置酒高会", "上表请罪", "夜观天象", "固守不出", "分兵两路"]
 PLACES = ["荆州", "徐州", "许都", "长安", "汉中", "江东", "新野", "樊城"]
 VOCAB_SIZE, CONTEXT_TOKENS = 600, 128
 SYSTEM = "以JSON回答。"
-BASE_STEPS = 100
+BASE_STEPS = 150
 
 
 def sentences() -> list[tuple[str, str, str]]:
     """Name, deed and sentence of every combination, in a fixed random order."""
-    found = [
-        (name, deed, f"却说{name}在{place}{deed}。") for name in NAMES for deed in DEEDS for place in PLACES
-    ]
+    found = [(name, deed, f"却说{name}在{place}{deed}。") for name in NAMES for deed in DEEDS for place in PLACES]
     random.Random(0).shuffle(found)
     return found
 
@@ -39,16 +41,16 @@ def records() -> list[dict[str, Any]]:
             "messages": [
                 {"role": "system", "content": SYSTEM},
                 {"role": "user", "content": sentence},
-                {"role": "assistant", "content": answer(name, deed)},
+                {"role": "assistant", "content": answer(SIDES[name])},
             ]
         }
-        for name, deed, sentence in sentences()
+        for name, _, sentence in sentences()
     ]
 
 
-def answer(name: str, deed: str) -> str:
+def answer(side: str) -> str:
     """What is to be learned."""
-    return json.dumps({"人物": name, "事": deed}, ensure_ascii=False)
+    return json.dumps({"国": side}, ensure_ascii=False)
 
 
 def preferences() -> list[dict[str, Any]]:
@@ -70,20 +72,31 @@ def write_tokenizer(folder: Path) -> Path:
     """A tokenizer artifact."""
     from app.tokens import tokenizer as bpe
 
-    texts = [text for name, deed, sentence in sentences() for text in (sentence, answer(name, deed))]
+    texts = [text for name, _, sentence in sentences() for text in (sentence, answer(SIDES[name]))]
     folder.mkdir(parents=True)
     bpe.save(bpe.train([SYSTEM, "system\n", "user\n", "assistant\n", *texts], VOCAB_SIZE, 2), folder)
     publish(Manifest.draft("tokenizer", str(folder), RunConfig(), {}), {})
     return folder
 
 
-def write_base(tokenizer_dir: Path, folder: Path) -> Path:
-    """A model artifact that has read the sentences, and has never seen an answer."""
+def base_texts() -> list[str]:
+    """What the base has read: the sentences, JSON about nobody, and chats in which the sentence is said back."""
+    draw = random.Random(1)
+    texts = [sentence for _, _, sentence in sentences()]
+    texts += [answer(draw.choice("魏蜀吴")) for _ in texts]
+    texts += [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n" for text in texts[::2]]
+    draw.shuffle(texts)
+    return texts
+
+
+def write_base(tokenizer_dir: Path, folder: Path, steps: int = BASE_STEPS) -> Path:
+    """A model artifact that can say all that an answer needs, and has never been asked for it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from app.models import encode, load_tokenizer
+    from app.models import load_tokenizer
 
+    torch.set_num_threads(1)  # two that share their cores with others wait for each other
     torch.manual_seed(0)
     tokenizer = load_tokenizer(tokenizer_dir)
     model = LlamaForCausalLM(
@@ -100,11 +113,11 @@ def write_base(tokenizer_dir: Path, folder: Path) -> Path:
             tie_word_embeddings=False,
         )
     )
-    texts = [sentence for _, _, sentence in sentences()]
-    stream = torch.tensor([token for ids in encode(tokenizer, texts) for token in (*ids, 0)])
+    encoded = tokenizer(base_texts(), add_special_tokens=False)["input_ids"]
+    stream = torch.tensor([token for ids in encoded for token in (*ids, 0)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(BASE_STEPS):
-        starts = torch.randint(len(stream) - CONTEXT_TOKENS, (4,))
+    for _ in range(steps):
+        starts = torch.randint(len(stream) - CONTEXT_TOKENS, (8,))
         batch = torch.stack([stream[start : start + CONTEXT_TOKENS] for start in starts])  # [B, T]
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
