@@ -66,7 +66,7 @@ class AdapterConfig(Config):
 
 
 class PreferenceConfig(Config):
-    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), where the tokens are pairs of answers."""
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), where tokens are pairs of answers."""
 
     beta: float = Field(0.1, gt=0, description="how strongly the model is held to what it was before")
 

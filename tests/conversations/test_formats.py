@@ -18,21 +18,17 @@ def messages_of(record: object, layout: str = "auto") -> list[dict[str, object]]
     return list(found.messages)
 
 
-@pytest.mark.parametrize(
-    ("layout", "record"),
-    [
-        ("openai", {"messages": PLAIN}),
-        ("openai", {"messages": [{"role": "developer", "content": [{"type": "text", "text": "简短。"}]}, *PLAIN[1:]]}),
-        (
-            "sharegpt",
-            {"conversations": [{"from": "system", "value": "简短。"}, {"from": "human", "value": "你好"}]
-             + [{"from": "gpt", "value": "好。"}]},
-        ),
-        ("sharegpt", {"system": "简短。", "conversations": [{"from": "user", "value": "你好"}]
-                      + [{"from": "assistant", "value": "好。"}]}),
-        ("alpaca", {"system": "简短。", "instruction": "你好", "input": "", "output": "好。"}),
-    ],
-)  # fmt: skip
+SHARED = [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "好。"}]
+LAYOUTS = [
+    ("openai", {"messages": PLAIN}),
+    ("openai", {"messages": [{"role": "developer", "content": [{"type": "text", "text": "简短。"}]}, *PLAIN[1:]]}),
+    ("sharegpt", {"conversations": [{"from": "system", "value": "简短。"}, *SHARED]}),
+    ("sharegpt", {"system": "简短。", "conversations": SHARED}),
+    ("alpaca", {"system": "简短。", "instruction": "你好", "input": "", "output": "好。"}),
+]
+
+
+@pytest.mark.parametrize(("layout", "record"), LAYOUTS)
 def test_every_layout_gives_the_same_messages(layout: str, record: dict[str, object]) -> None:
     assert detect(record) == layout
     assert messages_of(record) == PLAIN

@@ -1,7 +1,7 @@
 """Conversations that a tiny model can learn, a tokenizer that reads them, and a base model that answers none of them.
 
-The task: of a sentence of the novel, say as JSON whose side its person is on. Imports torch and transformers only when it
-trains, so that collecting the tests stays fast.
+The task: of a sentence of the novel, say as JSON whose side its person is on. Imports torch and transformers only when
+it trains, so that collecting the tests stays fast.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def base_texts() -> list[str]:
     """What the base has read: the sentences, JSON about nobody, and chats in which the sentence is said back."""
     draw = random.Random(1)
     texts = [sentence for _, _, sentence in sentences()]
-    texts += [answer(draw.choice("魏蜀吴")) for _ in texts]
-    texts += [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n" for text in texts[::2]]
+    echoes = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n" for text in texts]
+    texts += [*echoes, *(answer(draw.choice("魏蜀吴")) for _ in texts)]
     draw.shuffle(texts)
     return texts
 
