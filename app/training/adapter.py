@@ -50,7 +50,9 @@ def switched_off(model: Any) -> Iterator[None]:
 
     The layers run all the same: ZeRO-3 gathers weights in the order in which layers ran before.
     """
-    layers = [layer for layer in model.modules() if NAME in getattr(layer, "scaling", {})]
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     assert layers, "the model has no adapter"
     scales = [layer.scaling[NAME] for layer in layers]
     try:

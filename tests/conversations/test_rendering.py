@@ -42,23 +42,7 @@ def with_template(model: Path, template: str | None) -> Any:
 
 def random_record(draw: random.Random, special: bool = True) -> dict[str, Any]:
     """Turns of odd text: newlines, blanks, emoji, maybe special tokens spelled out, tool calls and their results."""
-    words = [
-        *NAMES,
-        "\n",
-        "  ",
-        "hello ",
-        "🙂",
-        "é",
-        "<|im_end|>",
-        "<|endoftext|>",
-        "\n\n",
-        "１２",
-        "\t",
-        "{",
-        "</s>",
-        "。",
-    ]
-
+    words = [*NAMES, "\n", "  ", "hello ", "🙂", "é", "\n\n", "１２", "\t", "{", "</s>", "。"]
     words += ["<|im_end|>", "<|endoftext|>"] if special else []
 
     def text() -> str:

@@ -24,7 +24,7 @@ DEEDS = ["引兵南下", "问计于众", "大败而走", "置酒高会", "上表
 PLACES = ["荆州", "徐州", "许都", "长安", "汉中", "江东", "新野", "樊城"]
 VOCAB_SIZE, CONTEXT_TOKENS = 600, 128
 SYSTEM = "以JSON回答。"
-BASE_STEPS = 150
+BASE_STEPS = 200
 
 
 def sentences() -> list[tuple[str, str, str]]:
@@ -84,7 +84,8 @@ def base_texts() -> list[str]:
     draw = random.Random(1)
     texts = [sentence for _, _, sentence in sentences()]
     echoes = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n" for text in texts]
-    texts += [*echoes, *(answer(draw.choice("魏蜀吴")) for _ in texts)]
+    facts = [f"{name}，{side}人。" for name, side in SIDES.items()] * 30
+    texts += [*echoes, *facts, *(answer(draw.choice("魏蜀吴")) for _ in range(300))]
     draw.shuffle(texts)
     return texts
 

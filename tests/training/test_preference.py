@@ -83,13 +83,14 @@ def test_packed_pairs_equal_pairs_one_by_one() -> None:
         model.zero_grad()
         inputs = {name: tensor.view(1, -1) if joined else tensor for name, tensor in batch.items()}
         judged = judge(model, inputs, T, BETA)
-        assert float(judged.loss_sum) == pytest.approx(float(expected), rel=1e-5)
-        right = sum(float(margin) > 0 for margin in margins)
-        assert judged.tally.tolist() == pytest.approx([right, float(sum(margins)), 3.0], rel=1e-4)
+        assert judged.loss_sum.item() == pytest.approx(expected.item(), rel=1e-5)
+        right = sum(margin.item() > 0 for margin in margins)
+        assert judged.tally.tolist() == pytest.approx([right, sum(margin.item() for margin in margins), 3.0], rel=1e-4)
         judged.loss_sum.backward()
         for name, one in model.named_parameters():
             if one.requires_grad:
-                assert torch.allclose(one.grad, gradients[name], atol=1e-5), name
+                difference = (one.grad - gradients[name]).abs().max()
+                assert difference < 1e-4 * gradients[name].abs().max(), name
     assert model.training
 
 

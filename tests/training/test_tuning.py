@@ -21,8 +21,11 @@ from tests.conversations.tiny import CONTEXT_TOKENS, preferences, records, write
 from tests.training.runs import finish, start, wait_for_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-STEPS, HELD_OUT = 150, 0.1
-ADAPTER = {"rank": 1, "alpha": 8}
+STEPS, HELD_OUT = 100, 0.1
+ADAPTER: dict[str, Any] = {
+    "adapter": {"rank": 1, "alpha": 8},
+    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 5, "weight_decay": 0.0},
+}
 
 
 def settings(inputs: Path, root: Path, **changes: Any) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def settings(inputs: Path, root: Path, **changes: Any) -> dict[str, Any]:
         "init_from_uri": f"{inputs}/base",
         "cache_dir": f"{inputs}/cache",
         "document_masking": True,
-        "optimizer": {"learning_rate": 2e-3, "warmup_steps": 5, "weight_decay": 0.0},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 5, "weight_decay": 0.0},
         "num_steps": STEPS,
         "global_batch_sequences": 8,
         "micro_batch_sequences": 4,
@@ -74,7 +77,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter trained, undisturbed."""
     root = tmp_path_factory.mktemp("adapted")
-    train(inputs, root, adapter=ADAPTER, output_uri="adapters/json")
+    train(inputs, root, **ADAPTER, output_uri="adapters/json")
     return root
 
 
@@ -141,7 +144,8 @@ def test_a_merged_adapter_says_the_same(inputs: Path, adapted: Path) -> None:
     """The finished run is submitted again, to merge: nothing is trained anew, and no other run is needed."""
     import torch
 
-    merged = train(inputs, adapted, adapter=ADAPTER | {"merge": True}, output_uri="merged")
+    given = ADAPTER | {"adapter": ADAPTER["adapter"] | {"merge": True}}
+    merged = train(inputs, adapted, **given, output_uri="merged")
     assert merged.kind == "model"
     assert len(journal.read_events(f"{adapted}/checkpoints", "first_step")) == 1
     beside = load(inputs / "base", adapted / "adapters" / "json")
@@ -157,7 +161,7 @@ def test_a_merged_adapter_says_the_same(inputs: Path, adapted: Path) -> None:
 def test_a_killed_adapter_run_submitted_again_changes_nothing(
     inputs: Path, adapted: Path, cluster: LocalCluster, tmp_path: Path
 ) -> None:
-    given = settings(inputs, tmp_path, adapter=ADAPTER, output_uri="adapters/json")
+    given = settings(inputs, tmp_path, **ADAPTER, output_uri="adapters/json")
     job = start(tmp_path, inputs, cluster, **given)
     wait_for_checkpoint(tmp_path, job, 20)
     os.kill(job.pid, signal.SIGKILL)
@@ -171,7 +175,7 @@ def test_a_killed_adapter_run_submitted_again_changes_nothing(
 
 def test_preferences_are_learned_and_told_right(inputs: Path, whole: Path, tmp_path: Path) -> None:
     """Begun on the tuned model; what was never seen is told right far more often than by chance."""
-    given = {"tokens_uri": f"{inputs}/preferences", "adapter": ADAPTER, "init_from_uri": f"{whole}/model"}
+    given = {**ADAPTER, "tokens_uri": f"{inputs}/preferences", "init_from_uri": f"{whole}/model"}
     manifest = train(inputs, tmp_path, **given, output_uri="adapters/polite", num_steps=40)
     log = journal.read_log(f"{tmp_path}/checkpoints")
     assert log[0]["preference_accuracy"] == 0.0  # no pair has gained anything before the first step
