@@ -165,9 +165,10 @@ class TrainConfig(RunConfig):
         """Workers, steps and where the checkpoints are."""
         from app.artifacts import states  # fsspec is not needed to answer --help
 
+        what = f"LoRA of rank {self.adapter.rank} on {self.init_from_uri}" if self.adapter.rank else "all weights"
         return [
-            f"train {self.num_steps} steps of {self.global_batch_sequences} blocks on {self.num_workers} workers, "
-            f"ZeRO-{self.zero_stage}, {self.accumulation_steps(self.num_workers)} forward passes a step",
+            f"train {what}: {self.num_steps} steps of {self.global_batch_sequences} blocks on {self.num_workers} "
+            f"workers, ZeRO-{self.zero_stage}, {self.accumulation_steps(self.num_workers)} forward passes a step",
             f"resume from the newest checkpoint in {self.resolve(self.checkpoints_uri)}, if any",
             *states(self),
         ]

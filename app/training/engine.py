@@ -100,7 +100,7 @@ def num_matrix_parameters(model: Any) -> int:
 
 
 def _pretrained(config: TrainConfig, shape: Mapping[str, int]) -> Any:
-    model = load_base(config)
+    model = load_base(config, config.attention)
     for name, needed, has in (
         ("vocabulary", shape["vocab_size"], model.config.vocab_size),
         ("context", shape["block_tokens"], model.config.max_position_embeddings),

@@ -41,7 +41,8 @@ def load_whole(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) 
     disable_progress_bar()
     weights = _whole_weights(run_uri, manifest)
     if config.adapter.rank:
-        model = load_base(config)
+        model = load_base(config, attention="sdpa")  # what suits a GPU's workers may not run here
+        model.config.use_cache = False  # transformers tells packed documents apart only without one
         adapter.add(model, config.adapter, config.seed)
         model.load_state_dict(adapter.trainable(weights), strict=False)
         return model
@@ -98,8 +99,8 @@ def _save_tokenizer(config: TrainConfig, context_tokens: int, folder: Path) -> N
     settings.save_pretrained(folder)
 
 
-def load_base(config: TrainConfig) -> Any:
-    """The model that the run began with."""
+def load_base(config: TrainConfig, attention: str) -> Any:
+    """The model that the run began with, under that implementation of attention."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -107,7 +108,7 @@ def load_base(config: TrainConfig) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
+            attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

@@ -80,18 +80,19 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def base_texts() -> list[str]:
-    """What the base has read: the sentences, JSON about nobody, and chats in which the sentence is said back."""
+    """What the base has read: the sentences, JSON, and chats that tell the side in words."""
     draw = random.Random(1)
-    texts = [sentence for _, _, sentence in sentences()]
-    echoes = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n" for text in texts]
-    facts = [f"{name}，{side}人。" for name, side in SIDES.items()] * 30
-    texts += [*echoes, *facts, *(answer(draw.choice("魏蜀吴")) for _ in range(300))]
+    texts = [answer(draw.choice("魏蜀吴")) for _ in range(300)]
+    for name, _, sentence in sentences():
+        said = f"{SIDES[name]}人。"
+        texts += [f"<|im_start|>user\n{sentence}<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n"]
+        texts += [sentence] * (draw.random() < 0.3)
     draw.shuffle(texts)
     return texts
 
 
 def write_base(tokenizer_dir: Path, folder: Path, steps: int = BASE_STEPS) -> Path:
-    """A model artifact that can say all that an answer needs, and has never been asked for it."""
+    """A model artifact that knows what an answer needs, and has never seen one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

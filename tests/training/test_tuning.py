@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from app.conversations import stage as conversations
 from app.conversations.config import PackConversationsConfig
 from app.conversations.examples import Example, is_held_out, read_example
 from app.serving.catalog import Adapters
-from app.training import held_out, journal, stage
+from app.training import checkpoint, held_out, journal, stage
 from app.training.config import TrainConfig
 from tests.conversations.tiny import CONTEXT_TOKENS, preferences, records, write_base, write_jsonl, write_tokenizer
 from tests.training.runs import finish, start, wait_for_checkpoint
@@ -107,6 +108,7 @@ def load(folder: Path, adapter: Path | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.use_cache = False  # transformers tells packed documents apart only without one
     return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
 
 
@@ -171,6 +173,22 @@ def test_a_killed_adapter_run_submitted_again_changes_nothing(
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         one, other = (root / "adapters" / "json" / name for root in (tmp_path, adapted))
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_adapter_run_goes_on_with_other_workers(inputs: Path, adapted: Path, tmp_path: Path) -> None:
+    """From two workers to one, at the last checkpoint but one: the adapter differs by rounding only."""
+    import torch
+    from safetensors.torch import load_file
+
+    shutil.copytree(adapted / "checkpoints", tmp_path / "checkpoints")
+    newest, *_ = checkpoint.find_complete(f"{tmp_path}/checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoints" / newest.name)
+    train(inputs, tmp_path, **ADAPTER, output_uri="adapters/json", num_workers=1)
+    one, other = (load_file(root / "adapters" / "json" / "adapter_model.safetensors") for root in (tmp_path, adapted))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
+    log = journal.read_log(f"{tmp_path}/checkpoints")
+    assert {line["world_size"] for line in log} == {1.0, 2.0}
 
 
 def test_preferences_are_learned_and_told_right(inputs: Path, whole: Path, tmp_path: Path) -> None:
