@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from app.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["corpus", "augmented", "tokenizer", "tokens", "model", "report"]
+Kind = Literal["corpus", "augmented", "tokenizer", "tokens", "model", "adapter", "report"]
 EVALUATION = "evaluation"  # begins the names of inputs that were kept out of a corpus
 GATE = "gate"  # the figure of a model that says whether it may be served: "passed", or "failed: …"
 MANIFEST_NAME = "manifest.json"
@@ -89,6 +90,20 @@ def read_manifest(uri: str, kind: Kind) -> Manifest:
             what = "missing" if found is None else f"{found} bytes instead of {size}"
             raise ValueError(f"{file_uri}: {what}; the artifact is damaged: delete {uri} and run its stage again")
     return manifest.model_copy(update={"uri": uri})
+
+
+def folder_input(uri: str, kinds: Sequence[Kind], file_name: str) -> Input:
+    """A folder as an input: an artifact of one of these kinds, or one that no stage made, known by one of its files.
+
+    Raises ValueError if it is neither.
+    """
+    if storage.exists(f"{uri}/{MANIFEST_NAME}"):
+        with storage.open_file(f"{uri}/{MANIFEST_NAME}") as file:
+            head = file.read(200).decode(errors="replace")
+        return read_manifest(uri, next((kind for kind in kinds if f'"kind": "{kind}"' in head), kinds[0])).as_input()
+    if not storage.exists(f"{uri}/{file_name}"):
+        raise ValueError(f"{uri}/{file_name} does not exist; a folder in the Hugging Face layout is needed")
+    return Input(uri=uri, digest=storage.stamp(f"{uri}/{file_name}"))
 
 
 def find_input(given: Input) -> Manifest | None:

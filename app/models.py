@@ -19,10 +19,26 @@ TURN_END = "<|im_end|>"
 SCORING_SEQUENCES = 16
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING, TURN_START, TURN_END)
 
-# ChatML (https://github.com/openai/openai-python/blob/release-v0.28.1/chatml.md)
+# ChatML (https://github.com/openai/openai-python/blob/release-v0.28.1/chatml.md); tools and calls of them as JSON
+# between tags, in the convention that vLLM's parser "hermes" reads.
 CHAT_TEMPLATE = (
+    "{% set first = messages[0] if messages and messages[0]['role'] == 'system' else none %}"
+    "{% if tools %}"
+    "{{ '<|im_start|>system\n' + (first['content'] + '\n\n' if first else '') }}"
+    "{{ 'You may call these functions, described in JSON:\n<tools>\n' }}"
+    "{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
+    "{{ '</tools>\nA call is a JSON object of name and arguments between <tool_call> and </tool_call>.<|im_end|>\n' }}"
+    "{% endif %}"
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% if not (tools and first and loop.first) %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '\n' if message['content'] or not loop.first else '' }}"
+    "{{ '<tool_call>\n' + ({'name': call['function']['name'], 'arguments': call['function']['arguments']} | tojson) }}"
+    "{{ '\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

@@ -27,4 +27,8 @@ TOKEN_BLOCK = pa.schema(
     ]
 )
 
+CONVERSATION_BLOCK = TOKEN_BLOCK.append(
+    pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False)  # [T], the tokens that are predicted
+)
+
 SPLITS = ("train", "held_out")

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "app").rglob("*.py"))
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-STAGES = {"corpus", "augmentation", "tokens", "training", "evaluation", "quantization", "serving"}
+STAGES = {"corpus", "augmentation", "tokens", "conversations", "training", "evaluation", "quantization", "serving"}
 FOUNDATION = {"config", "documents", "records", "storage", "logs", "artifacts", "cluster", "models", "page", "privacy"}
 MAY_IMPORT = {  # a foundation module -> foundation modules it may import
     "config": set(),

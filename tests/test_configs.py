@@ -9,6 +9,7 @@ import yaml
 
 from app.augmentation.config import AugmentConfig
 from app.config import Config, read_yaml, validate
+from app.conversations.config import CheckConversationsConfig, PackConversationsConfig
 from app.corpus.config import CorpusConfig, DemoCorpusConfig
 from app.evaluation.config import EvaluateConfig, ParityConfig
 from app.pipeline.config import PipelineConfig
@@ -24,6 +25,8 @@ CONFIGS: dict[str, type[Config]] = {
     "augment_corpus": AugmentConfig,
     "train_tokenizer": TokenizerConfig,
     "pack_tokens": PackConfig,
+    "check_conversations": CheckConversationsConfig,
+    "pack_conversations": PackConversationsConfig,
     "train_model": TrainConfig,
     "evaluate_model": EvaluateConfig,
     "quantize_model": QuantizeConfig,

@@ -42,7 +42,7 @@ class ShowLineageConfig(RunConfig):
     """Settings of `show_lineage`."""
 
     artifact_uri: str = Field("quantized", description="artifact whose origin is told, a model for a card")
-    kind: Literal["corpus", "augmented", "tokenizer", "tokens", "model", "report"] = Field(
+    kind: Literal["corpus", "augmented", "tokenizer", "tokens", "model", "adapter", "report"] = Field(
         "model", description="its kind"
     )
     card: bool = Field(False, description="write README.md, a model card, into the model's folder")

@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 Ids = npt.NDArray[np.int32]
 Offsets = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
+PAIRS = "pairs"  # figure `kind` of tokens that are preferences
+_MASK = "loss_mask"
 _NAMES = ("input_ids.int32", "starts.int32", "offsets.int64")
 _BATCH_ROWS = 256  # decoded at a time
 
@@ -41,12 +44,14 @@ _BATCH_ROWS = 256  # decoded at a time
 class Blocks:
     """input_ids [N, T]; the document starts of row r are starts[offsets[r] : offsets[r + 1]], ascending.
 
-    The last of `starts` belongs to no row: an empty file has no memory map.
+    The last of `starts` belongs to no row: an empty file has no memory map. Blocks of conversations have a loss_mask
+    [N, T]: only its tokens are predicted, and none of them begins a document.
     """
 
     input_ids: Ids
     starts: Ids
     offsets: Offsets
+    loss_mask: Mask | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -66,6 +71,17 @@ class Blocks:
         at_zero = (begins < ends) & (self.starts[begins] == 0)
         return int((ends - begins - at_zero).sum())
 
+    def count_labels(self, rows: npt.NDArray[np.int64], document_masking: bool) -> int:
+        """Tokens of these rows that are predicted."""
+        if self.loss_mask is not None:
+            return int(self.loss_mask[rows].sum())
+        inner = self.count_inner_starts(rows) if document_masking else 0
+        return len(rows) * (self.block_tokens - 1) - inner
+
+    def count_pairs(self, rows: npt.NDArray[np.int64]) -> int:
+        """Preferences in these rows of two documents each; the padding behind them is half a pair."""
+        return int(((self.offsets[rows + 1] - self.offsets[rows]) // 2).sum())
+
 
 def open_blocks(tokens_uri: str, split: str, fingerprint: str, cache_dir: str) -> Blocks:
     """The blocks of a split, in the order of files and rows, read-only. Any number of processes may call it at once.
@@ -82,7 +98,8 @@ def open_blocks(tokens_uri: str, split: str, fingerprint: str, cache_dir: str) -
     ids_path, starts_path, offsets_path = (folder / name for name in _NAMES)
     offsets = np.memmap(offsets_path, np.int64, "r")
     input_ids = np.memmap(ids_path, np.int32, "r").reshape(len(offsets) - 1, -1)
-    return Blocks(input_ids, np.memmap(starts_path, np.int32, "r"), offsets)
+    mask = np.memmap(folder / _MASK, np.bool_, "r").reshape(input_ids.shape) if (folder / _MASK).exists() else None
+    return Blocks(input_ids, np.memmap(starts_path, np.int32, "r"), offsets, mask)
 
 
 def open_plan(config: TrainConfig) -> Plan:
@@ -132,7 +149,8 @@ def _decode_atomic(split_uri: str, folder: Path) -> None:
     partial.mkdir()
     try:
         with ExitStack() as stack:
-            files = [stack.enter_context(open(partial / name, "wb")) for name in _NAMES]
+            names = [*_NAMES, *([_MASK] if _has_mask(split_uri) else [])]
+            files = [stack.enter_context(open(partial / name, "wb")) for name in names]
             num_blocks = _decode(split_uri, files)
             for file in files:
                 file.flush()
@@ -146,10 +164,10 @@ def _decode_atomic(split_uri: str, folder: Path) -> None:
 
 def _decode(split_uri: str, files: Sequence[IO[bytes]]) -> int:
     """Write all rows; their number."""
-    ids_file, starts_file, offsets_file = files
+    ids_file, starts_file, offsets_file, *mask_files = files
     block_tokens = num_blocks = end = 0
     offsets_file.write(np.zeros(1, np.int64).tobytes())
-    for batch in _batches(split_uri):
+    for batch in _batches(split_uri, ["input_ids", "document_starts", *([_MASK] if mask_files else [])]):
         ids, starts = (batch.column(name) for name in ("input_ids", "document_starts"))
         lengths = ids.value_lengths().to_numpy()
         block_tokens = block_tokens or int(lengths[0])
@@ -159,6 +177,8 @@ def _decode(split_uri: str, files: Sequence[IO[bytes]]) -> int:
         ids_file.write(ids.flatten().to_numpy().tobytes())
         starts_file.write(starts.flatten().to_numpy().tobytes())
         offsets_file.write(offsets.tobytes())
+        for mask_file in mask_files:
+            mask_file.write(batch.column(_MASK).flatten().to_numpy(zero_copy_only=False).tobytes())
         num_blocks, end = num_blocks + len(lengths), int(offsets[-1])
     if not num_blocks:
         raise ValueError(f"{split_uri}: no token blocks; pack more text")
@@ -166,9 +186,16 @@ def _decode(split_uri: str, files: Sequence[IO[bytes]]) -> int:
     return num_blocks
 
 
-def _batches(split_uri: str) -> Iterator[pa.RecordBatch]:
+def _has_mask(split_uri: str) -> bool:
+    for uri in storage.list_files(split_uri, ".parquet"):
+        with storage.open_file(uri) as file:
+            return _MASK in pq.read_schema(file).names
+    return False
+
+
+def _batches(split_uri: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     for uri in storage.list_files(split_uri, ".parquet"):
         with storage.open_file(uri) as file, pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(_BATCH_ROWS, columns=["input_ids", "document_starts"]):
+            for batch in table.iter_batches(_BATCH_ROWS, columns=columns):
                 if batch.num_rows:
                     yield batch

@@ -22,6 +22,7 @@ from app import storage
 MANIFEST_NAME = "manifest.json"
 READ_BYTES = 1 << 22
 SCORE = "held_out_bits_per_byte"  # chooses the best checkpoint
+PREFERENCE_SCORE = "held_out_preference_loss"  # where pairs of answers are learned from
 
 
 class FileStamp(BaseModel):
@@ -155,8 +156,10 @@ def read_scores(run_uri: str) -> dict[int, dict[str, float]]:
 
 
 def best_step(scores: Mapping[int, Mapping[str, float]]) -> int:
-    """The step with the lowest held-out bits per byte, the later of equals; -1 when none was scored."""
-    scored = {step: figures[SCORE] for step, figures in scores.items() if SCORE in figures}
+    """The step with the lowest held-out bits per byte, or loss; the later of equals; -1 when none was scored."""
+    scored = {
+        step: figures[name] for step, figures in scores.items() for name in (PREFERENCE_SCORE, SCORE) if name in figures
+    }
     return min(scored, key=lambda step: (scored[step], -step), default=-1)
 
 

@@ -53,6 +53,24 @@ class ReplayConfig(Config):
     share: float = Field(0.0, ge=0, lt=1, description="share of each batch that comes from it")
 
 
+class AdapterConfig(Config):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685): small matrices beside frozen weights are trained, not the weights."""
+
+    rank: int = Field(0, ge=0, description="of the matrices; 0: no adapter, all weights are trained")
+    alpha: float = Field(16.0, gt=0, description="their output is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into them, in training")
+    target_modules: tuple[str, ...] = Field(
+        ("all-linear",), min_length=1, description="names of layers that get one; all-linear: all but the output"
+    )
+    merge: bool = Field(False, description="write the whole model with the adapter added, not the adapter alone")
+
+
+class PreferenceConfig(Config):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), where tokens are pairs of answers."""
+
+    beta: float = Field(0.1, gt=0, description="how strongly the model is held to what it was before")
+
+
 class CorrectionConfig(Config):
     """When a run goes back to its last good checkpoint and skips the data since (PaLM, arXiv:2204.02311, 5.1)."""
 
@@ -74,12 +92,16 @@ class TrainConfig(RunConfig):
     """Settings of `train_model`."""
 
     tokens_uri: str = Field("tokens", description="tokens artifact")
-    tokenizer_uri: str = Field("tokenizer", description="tokenizer artifact, copied into the model")
+    tokenizer_uri: str = Field("tokenizer", description="what the tokens were packed with; copied into the model")
     checkpoints_uri: str = Field("checkpoints", description="training's private folder; a rerun resumes from it")
-    output_uri: str = Field("model", description="where the trained model goes, in the Hugging Face layout")
+    output_uri: str = Field(
+        "model", description="where the model goes, in the Hugging Face layout; or the adapter, in PEFT's"
+    )
     model: ModelConfig = ModelConfig()
     init_from_uri: str = Field("", description="continue from this Hugging Face folder instead; `model` is not used")
     replay: ReplayConfig = ReplayConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     num_steps: int = Field(300, ge=1, description="optimizer steps")
     global_batch_sequences: int = Field(32, ge=1, description="token blocks in one optimizer step, over all workers")
@@ -122,6 +144,10 @@ class TrainConfig(RunConfig):
             raise ValueError(f"min_workers ({self.min_workers}) must not exceed num_workers ({self.num_workers})")
         if bool(self.replay.tokens_uri) != (self.replay.share > 0):
             raise ValueError("replay.tokens_uri and replay.share belong together: set both or none")
+        if self.adapter.rank and not self.init_from_uri:
+            raise ValueError("adapter.rank: an adapter needs a model below it: set init_from_uri")
+        if self.adapter.merge and not self.adapter.rank:
+            raise ValueError("adapter.merge: there is no adapter to merge; set adapter.rank")
         if (self.offload_optimizer == "nvme") != bool(self.nvme_dir):
             raise ValueError("offload_optimizer nvme and nvme_dir belong together: set both or none")
         return self
@@ -130,13 +156,19 @@ class TrainConfig(RunConfig):
         """Forward passes of each worker in one optimizer step; the last may be filled up with rows of no weight."""
         return math.ceil(math.ceil(self.global_batch_sequences / num_workers) / self.micro_batch_sequences)
 
+    @property
+    def kind(self) -> Literal["model", "adapter"]:
+        """Of the artifact that is made."""
+        return "adapter" if self.adapter.rank and not self.adapter.merge else "model"
+
     def plan(self) -> list[str]:
         """Workers, steps and where the checkpoints are."""
         from app.artifacts import states  # fsspec is not needed to answer --help
 
+        what = f"LoRA of rank {self.adapter.rank} on {self.init_from_uri}" if self.adapter.rank else "all weights"
         return [
-            f"train {self.num_steps} steps of {self.global_batch_sequences} blocks on {self.num_workers} workers, "
-            f"ZeRO-{self.zero_stage}, {self.accumulation_steps(self.num_workers)} forward passes a step",
+            f"train {what}: {self.num_steps} steps of {self.global_batch_sequences} blocks on {self.num_workers} "
+            f"workers, ZeRO-{self.zero_stage}, {self.accumulation_steps(self.num_workers)} forward passes a step",
             f"resume from the newest checkpoint in {self.resolve(self.checkpoints_uri)}, if any",
             *states(self),
         ]

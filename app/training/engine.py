@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from app import storage
+from app.training import adapter
 from app.training.config import TrainConfig
+from app.training.export import load_base
 from app.training.zero import deepspeed_config
 
 
@@ -30,6 +31,8 @@ def build(config: TrainConfig, shape: Mapping[str, int], world_size: int, use_gp
     torch.manual_seed(config.seed)
     model = _pretrained(config, shape) if config.init_from_uri else fresh_model(config, shape)
     model.config.use_cache = False
+    if config.adapter.rank:
+        adapter.add(model, config.adapter, config.seed)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
@@ -97,17 +100,7 @@ def num_matrix_parameters(model: Any) -> int:
 
 
 def _pretrained(config: TrainConfig, shape: Mapping[str, int]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with storage.local_copy(config.resolve(config.init_from_uri)) as folder:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+    model = load_base(config, config.attention)
     for name, needed, has in (
         ("vocabulary", shape["vocab_size"], model.config.vocab_size),
         ("context", shape["block_tokens"], model.config.max_position_embeddings),
@@ -121,9 +114,12 @@ def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ZeRO-3 leaves a flat shard behind
         (decayed if is_matrix and "embed" not in name else plain).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _size(parameter: torch.nn.Parameter) -> int:

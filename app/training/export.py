@@ -14,7 +14,7 @@ from typing import Any
 
 from app import storage
 from app.models import TURN_END
-from app.training import checkpoint, held_out, journal
+from app.training import adapter, checkpoint, held_out, journal
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
 
@@ -30,15 +30,24 @@ def save_architecture(model_config: Any, class_name: str, run_uri: str) -> None:
 
 
 def load_whole(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) -> Any:
-    """The transformers model with the checkpoint's weights, on the CPU, in the dtype it is trained in."""
+    """The transformers model with the checkpoint's weights, on the CPU, in the dtype it is trained in.
+
+    Under an adapter, the model that it was begun on with the adapter beside its layers.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    weights = _whole_weights(run_uri, manifest)
+    if config.adapter.rank:
+        model = load_base(config, attention="sdpa")  # what suits a GPU's workers may not run here
+        model.config.use_cache = False  # transformers tells packed documents apart only without one
+        adapter.add(model, config.adapter, config.seed)
+        model.load_state_dict(adapter.trainable(weights), strict=False)
+        return model
     with storage.local_copy(f"{run_uri}/{ARCHITECTURE}") as folder:
         model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    weights = _whole_weights(run_uri, manifest)
     model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, config.dtype))
     model.load_state_dict(weights, strict=not model_config.tie_word_embeddings)  # tied: the output's own is not stored
     model.tie_weights()
@@ -46,23 +55,64 @@ def load_whole(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) 
 
 
 def export_model(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) -> None:
-    """Write model, tokenizer and training log under output_uri."""
-    from transformers import AutoTokenizer, GenerationConfig
+    """Write model, tokenizer and training log under output_uri; of an adapter that is not merged, the adapter and log.
 
-    model = load_whole(run_uri, manifest, config)
+    An endpoint may be watching the folder: an adapter's settings come last, and at once.
+    """
+    uri = config.resolve(config.output_uri)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        (folder / "training_log.jsonl").write_text(journal.to_jsonl(journal.read_log(run_uri)))
+        if config.kind == "adapter":
+            weights = adapter.trainable(_whole_weights(run_uri, manifest))
+            adapter.save(weights, config.adapter, config.resolve(config.init_from_uri), folder)
+            settings = (folder / adapter.CONFIG).read_bytes()
+            (folder / adapter.CONFIG).unlink()
+            storage.upload(folder, uri)
+            storage.write_atomic(f"{uri}/{adapter.CONFIG}", settings)
+            return
+        model = load_whole(run_uri, manifest, config)
+        model = adapter.merge(model) if config.adapter.rank else model
         model.config.use_cache = True
         model.save_pretrained(folder)
-        with storage.local_copy(config.resolve(config.tokenizer_uri)) as tokenizer_dir:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        tokenizer.save_pretrained(folder)
-        stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)]
-        GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
-        log = journal.to_jsonl(journal.read_log(run_uri))
-        (folder / "training_log.jsonl").write_text(log)
-        storage.upload(folder, config.resolve(config.output_uri))
+        _save_tokenizer(config, model.config.max_position_embeddings, folder)
+        storage.upload(folder, uri)
+
+
+def _save_tokenizer(config: TrainConfig, context_tokens: int, folder: Path) -> None:
+    """Beside the model, and the tokens that end an answer: ours, and those of the model that this one began with."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    with storage.local_copy(config.resolve(config.tokenizer_uri)) as tokenizer_dir:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    tokenizer.model_max_length = context_tokens
+    tokenizer.save_pretrained(folder)
+    stops = {tokenizer.eos_token_id, tokenizer.get_vocab().get(TURN_END)} - {None}
+    settings = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
+    before = config.resolve(config.init_from_uri) if config.init_from_uri else ""
+    if before and storage.exists(f"{before}/generation_config.json"):
+        with storage.local_copy(before) as base:
+            settings = GenerationConfig.from_pretrained(base)
+        found = settings.eos_token_id
+        stops |= set(found if isinstance(found, list) else [found]) - {None}
+    settings.eos_token_id = sorted(stops)
+    settings.save_pretrained(folder)
+
+
+def load_base(config: TrainConfig, attention: str) -> Any:
+    """The model that the run began with, under that implementation of attention."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with storage.local_copy(config.resolve(config.init_from_uri)) as folder:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
 
 
 def score_checkpoint(run_uri: str, step: int, config: TrainConfig) -> dict[str, float]:

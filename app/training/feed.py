@@ -30,18 +30,20 @@ DEPTH = 2  # steps made ahead
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's part of each step."""
+    """A rank's part of each step. With `pairs`, the blocks hold preferences, and these are what is counted."""
 
     rank: int
     world_size: int
     micro_batch: int
     accumulation_steps: int
     document_masking: bool
+    pairs: bool = False
 
 
 @dataclass
 class StepData:
-    """A step of one rank. `rows_digest` is that of its own rows, `num_labels` counts over the whole global batch.
+    """A step of one rank. `rows_digest` is that of its own rows, `num_labels` counts over the whole global batch:
+    predicted tokens, or pairs.
 
     A micro-batch has input_ids and labels, and with document masking position_ids, all int64 [B, T].
     """
@@ -122,32 +124,46 @@ class Feed:
         given = np.zeros(self._share.micro_batch, np.int64)
         given[: len(rows)] = rows
         found = [self._find(row) for row in given.tolist()]
-        input_ids = np.stack([blocks.input_ids[row] for blocks, row in found]).astype(np.int64)  # [B, T]
-        labels = input_ids.copy()
-        labels[:, 0] = IGNORED  # nothing precedes it; also when the rows are joined to one
-        labels[len(rows) :] = IGNORED
-        if not self._share.document_masking:
-            return {"input_ids": input_ids, "labels": labels}
-        begins = np.zeros_like(input_ids)  # [B, T], where the document of each token begins
-        for index, (blocks, row) in enumerate(found):
-            starts = blocks.document_starts(row)
-            labels[index, starts] = IGNORED
-            begins[index, starts] = starts
-        positions = np.arange(input_ids.shape[1]) - np.maximum.accumulate(begins, axis=1)
-        return {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+        return batch_of(found, len(rows), self._share.document_masking)
 
     def _count_labels(self, rows: Rows) -> int:
-        """Labels of the rows, from the document starts alone."""
-        count = len(rows) * (self._sources[0].block_tokens - 1)
-        if self._share.document_masking:
-            replayed = rows >= self._plan.num_rows
-            parts = rows[~replayed], rows[replayed] - self._plan.num_rows
-            count -= sum(blocks.count_inner_starts(part) for blocks, part in zip(self._sources, parts, strict=False))
-        return count
+        """Labels of the rows, or pairs, without reading their tokens."""
+        replayed = rows >= self._plan.num_rows
+        parts = rows[~replayed], rows[replayed] - self._plan.num_rows
+        if self._share.pairs:
+            return sum(blocks.count_pairs(part) for blocks, part in zip(self._sources, parts, strict=False))
+        masking = self._share.document_masking
+        return sum(blocks.count_labels(part, masking) for blocks, part in zip(self._sources, parts, strict=False))
 
     def _find(self, row: int) -> tuple[Blocks, int]:
         replayed = row - self._plan.num_rows
         return (self._sources[0], row) if replayed < 0 else (self._sources[1], replayed)
+
+
+def batch_of(found: Sequence[tuple[Blocks, int]], num_rows: int, document_masking: bool = True) -> dict[str, Tokens]:
+    """The model's inputs from blocks and rows; those after the first num_rows have no labels."""
+    input_ids = np.stack([blocks.input_ids[row] for blocks, row in found]).astype(np.int64)  # [B, T]
+    labels = input_ids.copy()
+    labels[:, 0] = IGNORED  # nothing precedes it; also when the rows are joined to one
+    labels[num_rows:] = IGNORED
+    for index, (blocks, row) in enumerate(found):
+        if blocks.loss_mask is not None:
+            labels[index, ~blocks.loss_mask[row]] = IGNORED
+    if not document_masking:
+        return {"input_ids": input_ids, "labels": labels}
+    for index, (blocks, row) in enumerate(found):
+        labels[index, blocks.document_starts(row)] = IGNORED
+    return {"input_ids": input_ids, "labels": labels, "position_ids": positions_of(found, input_ids.shape[1])}
+
+
+def positions_of(rows: Sequence[tuple[Blocks, int]], block_tokens: int) -> Tokens:
+    """[B, T], the position of each token in its document: what tells attention where documents begin."""
+    begins = np.zeros((len(rows), block_tokens), np.int64)
+    for index, (blocks, row) in enumerate(rows):
+        starts = blocks.document_starts(row)
+        begins[index, starts] = starts
+    positions: Tokens = np.arange(block_tokens) - np.maximum.accumulate(begins, axis=1)
+    return positions
 
 
 def _cut(rows: Rows, micro_batch: int, accumulation_steps: int) -> list[Rows]:

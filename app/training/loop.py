@@ -24,7 +24,8 @@ from app.training.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-LOSS, GRAD_NORM, STOP, TALK, FAILED, COMPLETED = range(len(FIELDS), len(FIELDS) + 6)  # columns that this loop exchanges
+# Columns that this loop exchanges.
+LOSS, GRAD_NORM, STOP, TALK, FAILED, COMPLETED, RIGHT, MARGIN = range(len(FIELDS), len(FIELDS) + 8)
 
 
 def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         for micro_batch in data.micro_batches:
             inputs = worker.to_device(micro_batch)
             with meter.part("forward_backward"):
-                loss = engine(**inputs, num_items_in_batch=weight).loss
+                loss = worker.loss(inputs, weight)
                 engine.backward(loss)
             with meter.part("optimizer"):
                 engine.step()
@@ -63,6 +64,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         figures = meter.finish() | gpu_figures() | {"memory_bytes": memory_bytes(worker.use_gpu)}
         signs = [worker.signals.wants_stop, worker.signals.wants_to_talk(), worker.saver.error is not None]
         mine = [*rank_row(figures), share, float(engine.get_global_grad_norm()), *signs, worker.saver.completed]
+        mine += worker.take_tally()
         rows, digests = exchange(mine, data.rows_digest, device)
         loss_mean, grad_norm = float(rows[:, LOSS].sum()), float(rows[0, GRAD_NORM])
         if rows[:, FAILED].any():
@@ -79,6 +81,9 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
 
         values: dict[str, Any] = {"loss": loss_mean, "grad_norm": grad_norm, "learning_rate": rate}
         values |= step_values(rows, worker.work) | {"data_step": data.data_step, "rows": f"{combine(digests):016x}"}
+        if worker.learns_pairs:
+            right, margin = (float(rows[:, column].sum()) / data.num_labels for column in (RIGHT, MARGIN))
+            values |= {"preference_accuracy": right, "reward_margin": margin}
         worker.step = step + 1
         if worker.is_due(config.evaluation_interval_steps) and config.validation == "inline":
             with meter.part("evaluation"):

@@ -3,7 +3,8 @@
 `begin` makes DeepSpeed save into an engine that keeps copies of the tensors in host memory; a thread serialises,
 checksums and stores them while training goes on, then rank 0 completes the checkpoint and retires old ones. `load`
 gives each rank its own shards; for another number of workers they are converted to a universal checkpoint first
-(Lian et al. 2024, arXiv:2406.18820). The random state is reseeded every step and not stored.
+(Lian et al. 2024, arXiv:2406.18820). The random state is reseeded every step and not stored,
+nor are weights that an adapter leaves as they are.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Saver:
         if not self.settle():
             return
         with tempfile.TemporaryDirectory() as scratch:
-            self._engine.save_checkpoint(scratch, tag=draft.name, save_latest=False)
+            self._engine.save_checkpoint(scratch, draft.name, save_latest=False, exclude_frozen_parameters=True)
             states = self._memory.take(scratch)
             states |= {path: Path(scratch, path).read_bytes() for path in _swapped_files(scratch)}
         self._thread = threading.Thread(target=self._write, args=(draft, states), name="checkpoint", daemon=True)
@@ -111,7 +112,8 @@ def _load(engine: Any, root: str, name: str, is_universal: bool) -> None:
     with storage.local_copy(f"{root}/{name}") as local:
         engine._config.load_universal_checkpoint = is_universal  # DeepSpeed takes it from the config; it varies here
         groups = [_settings(group) for group in engine.optimizer.param_groups]
-        path, _ = engine.load_checkpoint(str(local.parent), tag=local.name)
+        is_whole = all(parameter.requires_grad for parameter in engine.module.parameters())
+        path, _ = engine.load_checkpoint(str(local.parent), tag=local.name, load_module_strict=is_whole)
     if path is None:
         raise ValueError(f"{root}/{name}: cannot be resumed from; delete it to use the one before")
     if is_universal:

@@ -27,10 +27,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors import safe_open
 
 from app import cluster, storage
-from app.artifacts import Input, Manifest, clear, find_complete, publish, raw_inputs, read_manifest
+from app.artifacts import Input, Manifest, clear, find_complete, folder_input, publish, read_manifest
 from app.models import END_OF_TEXT
 from app.training import checkpoint, goodput, journal, ledger, report, signals
-from app.training.batches import open_plan, read_tokens
+from app.training.batches import PAIRS, open_plan, read_tokens
 from app.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def run(config: TrainConfig) -> Manifest:
     mistake; SystemExit after a checkpoint when the job is told to end (SIGTERM).
     """
     uri = config.resolve(config.output_uri)
-    draft = Manifest.draft("model", uri, config, _inputs(config))
+    draft = Manifest.draft(config.kind, uri, config, _inputs(config))
     if done := find_complete(draft, config.overwrite):
         return done
     clear(uri)
@@ -93,17 +93,24 @@ def run(config: TrainConfig) -> Manifest:
 
 
 def _inputs(config: TrainConfig) -> dict[str, Input]:
-    tokenizer = read_manifest(config.resolve(config.tokenizer_uri), "tokenizer")
-    inputs = {"tokenizer": tokenizer.as_input()}
+    tokenizer = folder_input(config.resolve(config.tokenizer_uri), ("tokenizer", "model"), "tokenizer.json")
+    inputs = {"tokenizer": tokenizer}
     for name, tokens in zip(("tokens", "replay"), read_tokens(config), strict=False):
         if tokens.inputs["tokenizer"].digest != tokenizer.digest:
-            raise ValueError(f"{tokens.uri}: packed with another tokenizer than {tokenizer.uri}; run pack_tokens again")
+            raise ValueError(f"{tokens.uri}: packed with another tokenizer than {tokenizer.uri}; pack it again")
+        if tokens.figures.get("kind") and not config.document_masking:
+            raise ValueError(f"document_masking: {tokens.uri} holds conversations, packed together: set it to true")
+        if tokens.figures.get("kind") == PAIRS and (name == "replay" or config.replay.share or not config.adapter.rank):
+            raise ValueError(
+                f"{tokens.uri} holds preferences: they are learned by an adapter, measured against the model without "
+                "it, and nothing is replayed: set adapter.rank, and replay.share to 0"
+            )
         inputs[name] = tokens.as_input()
     if config.init_from_uri:
-        uri = f"{config.resolve(config.init_from_uri)}/config.json"
-        if not storage.exists(uri):
-            raise ValueError(f"init_from_uri: {uri} does not exist; a folder in the Hugging Face layout is needed")
-        inputs["init_from"] = raw_inputs([uri])[uri]
+        try:
+            inputs["init_from"] = folder_input(config.resolve(config.init_from_uri), ("model",), "config.json")
+        except ValueError as error:
+            raise ValueError(f"init_from_uri: {error}") from None
     return inputs
 
 
@@ -113,6 +120,7 @@ def open_run(run_uri: str, draft: Manifest, overwrite: bool) -> str:
     Raises ValueError naming what differs, unless overwrite is set: then the old run is deleted.
     """
     settings = _flatten({name: value for name, value in draft.config.items() if name not in _HOW_NOT_WHAT})
+    settings.pop("adapter.merge", None)
     data = {name: given.digest for name, given in draft.inputs.items()}
     record: dict[str, Any] = {"settings": settings, "data": data}
     path = f"{run_uri}/{RECORD}"
@@ -247,6 +255,7 @@ def _finish(config: TrainConfig, run_uri: str) -> dict[str, Any]:
     figures = summarize(log, config, tokens.config["block_tokens"]) | checked
     figures |= {name: round(value, 4) for name, value in scores.get(step, {}).items()}
     figures |= {"parameters": _num_parameters(config.resolve(config.output_uri)), "exported_step": step}
+    figures |= _trained_share(run_uri) if config.adapter.rank else {}
     figures |= {"goodput": round(spent.goodput, 4), "restarts": len(spent.restarts), "rewinds": len(spent.rewinds)}
     _write_report(run_uri, figures)
     return figures
@@ -272,8 +281,10 @@ def _vocabulary(config: TrainConfig) -> dict[str, int]:
     tokens = read_manifest(config.resolve(config.tokens_uri), "tokens")
     with storage.local_copy(config.resolve(config.tokenizer_uri)) as folder:
         added = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    end_of_text_id = next(int(token["id"]) for token in added if token["content"] == END_OF_TEXT)
-    return {"vocab_size": int(str(tokens.figures["vocab_size"])), "end_of_text_id": end_of_text_id}
+    found = {token["content"]: int(token["id"]) for token in added}
+    if END_OF_TEXT not in found and not config.init_from_uri:
+        raise ValueError(f"tokenizer_uri: it has no {END_OF_TEXT}; a new model needs a tokenizer of train_tokenizer")
+    return {"vocab_size": int(str(tokens.figures["vocab_size"])), "end_of_text_id": found.get(END_OF_TEXT, 0)}
 
 
 def _num_parameters(model_uri: str) -> int:
@@ -284,6 +295,13 @@ def _num_parameters(model_uri: str) -> int:
             with safe_open(file, "np") as tensors:
                 total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return total
+
+
+def _trained_share(run_uri: str) -> dict[str, Any]:
+    """As the workers counted it when they began."""
+    started = journal.read_events(run_uri, "started")[-1]
+    trained, total = started["trainable_parameters"], started["all_parameters"]
+    return {"trainable_parameters": trained, "trainable_percent": round(100 * trained / total, 4)}
 
 
 def summarize(log: list[dict[str, Any]], config: TrainConfig, block_tokens: int) -> dict[str, Any]:

@@ -18,8 +18,8 @@ import ray.train
 import torch
 
 from app import logs
-from app.training import checkpoint, export, restart, saver
-from app.training.batches import Blocks, open_plan, open_train_blocks
+from app.training import adapter, checkpoint, export, preference, restart, saver
+from app.training.batches import PAIRS, Blocks, open_plan, open_train_blocks, read_tokens
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
 from app.training.engine import build, num_matrix_parameters
@@ -56,6 +56,8 @@ class Worker:
     clock: CommunicationClock | None
     step: int = 0
     rewinds: list[Rewind] = field(default_factory=list)
+    learns_pairs: bool = False
+    tally: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     _preempted: bool = False
 
     @classmethod
@@ -82,6 +84,7 @@ class Worker:
             _workload(config, engine.module, sources[0].block_tokens, use_gpu),
             None if use_gpu else measure_communication(), start.step, list(start.rewinds),
         )  # fmt: skip
+        worker.learns_pairs = read_tokens(config)[0].figures.get("kind") == PAIRS
         worker._begin(job, built)
         return worker
 
@@ -92,10 +95,16 @@ class Worker:
         if self.rank == 0:
             if not self.start.manifest:
                 export.save_architecture(self.engine.module.config, type(self.engine.module).__name__, self.run_uri)
+            trained, total = adapter.count(self.engine.module)
+            if trained < total:
+                logger.info(
+                    "training %s of %s parameters, %.2f %%", f"{trained:,}", f"{total:,}", 100 * trained / total
+                )
             add_event(
                 self.run_uri, "started", step=self.step, world_size=self.world_size,
                 import_seconds=job["import_seconds"], setup_seconds=built - job["began"] - job["import_seconds"],
                 load_seconds=time.time() - built, reached=self.start.reached, last_alive=self.start.last_alive,
+                trainable_parameters=trained, all_parameters=total,
             )  # fmt: skip
         self.telemetry = Telemetry(self.config, self.run_uri, job["run_name"], self.journal, self.step)
         torch.distributed.barrier()
@@ -109,7 +118,9 @@ class Worker:
         """The batches of this rank from a step on."""
         config = self.config
         accumulation_steps = config.accumulation_steps(self.world_size)
-        share = Share(*self.ranks, config.micro_batch_sequences, accumulation_steps, config.document_masking)
+        share = Share(
+            *self.ranks, config.micro_batch_sequences, accumulation_steps, config.document_masking, self.learns_pairs
+        )
         windows = skipped_windows(self.rewinds)
         return Feed(self.sources, self.plan, share, data_step_of(step, self.rewinds), windows)
 
@@ -120,6 +131,22 @@ class Worker:
             name: (tensor.view(1, -1) if joined else tensor).to(self.engine.device, non_blocking=True)
             for name, tensor in micro_batch.items()
         }
+
+    def loss(self, inputs: dict[str, torch.Tensor], weight: float) -> torch.Tensor:
+        """Sum over the micro-batch's labels divided by the weight, or over its pairs."""
+        if not self.learns_pairs:
+            loss: torch.Tensor = self.engine(**inputs, num_items_in_batch=weight).loss
+            return loss
+        beta = self.config.preference.beta
+        judged = preference.judge(self.engine, inputs, self.sources[0].block_tokens, beta)
+        self.tally = self.tally + judged.tally.to(self.tally.device)
+        return judged.loss_sum / weight
+
+    def take_tally(self) -> list[float]:
+        """How many pairs of this rank were told right since the last call, and the sum of their margins."""
+        right, margin, _ = self.tally.tolist()
+        self.tally = torch.zeros_like(self.tally)
+        return [right, margin]
 
     def recent_losses(self) -> list[float]:
         """Losses of the steps before, as many as the spike detector looks at; collective."""

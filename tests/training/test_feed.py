@@ -88,6 +88,25 @@ def test_steps_follow_each_other_without_those_skipped() -> None:
         assert step.rows_digest == digest_rows(rows_of_step(plan, step.data_step))
 
 
+def test_conversations_and_an_old_corpus_are_counted_each_by_its_labels() -> None:
+    """Of conversations the marked tokens, of replayed text all that something precedes; on every rank the same."""
+    mask = np.zeros((6, T), np.bool_)
+    mask[:, 4] = True
+    given = make_blocks(6)
+    marked = Blocks(given.input_ids, np.array([*[0] * 6, T], np.int32), np.arange(7), mask)
+    plan = Plan(0, "ab", num_rows=6, global_batch=4, replay_rows=6, replay_share=0.5)
+    ranks = step_of_all_ranks(plan, [marked, make_blocks(6, 6 * T)], 2, masking=True)
+    rows = rows_of_step(plan, 3)
+    expected = sum(1 if row < 6 else T - 1 - sum(start > 0 for start in STARTS[row - 6]) for row in rows)
+    assert [made.num_labels for made in ranks] == [expected] * 2
+    batches = [batch for made in ranks for batch in made.micro_batches]
+    assert sum(int((batch["labels"] != -100).sum()) for batch in batches) == expected
+    for batch in batches:
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            if int(ids[0]) < 6 * T and (labels != -100).any():
+                assert (labels != -100).nonzero().tolist() == [[4]]
+
+
 class BrokenDisk:
     """Token ids [4, T] that cannot be read."""
 
