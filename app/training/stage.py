@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.train
@@ -29,7 +29,7 @@ from safetensors import safe_open
 from app import cluster, storage
 from app.artifacts import Input, Manifest, clear, find_complete, publish, raw_inputs, read_manifest
 from app.models import END_OF_TEXT
-from app.training import checkpoint, goodput, journal, ledger, report, signals
+from app.training import checkpoint, goodput, journal, ledger, parallel, report, signals
 from app.training.batches import open_plan, read_tokens
 from app.training.config import TrainConfig
 
@@ -61,11 +61,13 @@ def run(config: TrainConfig) -> Manifest:
     draft = Manifest.draft("model", uri, config, _inputs(config))
     if done := find_complete(draft, config.overwrite):
         return done
+    cluster.connect()
+    use_gpu = cluster.has_gpu()
+    for line in parallel.plan(config, _devices(use_gpu)).lines:
+        logger.info("%s", line)
     clear(uri)
     run_uri = config.resolve(config.checkpoints_uri)
     run_name = open_run(run_uri, draft, config.overwrite)
-    cluster.connect()
-    use_gpu = cluster.has_gpu()
     job: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "run_uri": run_uri,
@@ -84,6 +86,11 @@ def run(config: TrainConfig) -> Manifest:
         logger.warning("stopped after a checkpoint at step %d; submit the job again to go on", outcome["step"])
         raise SystemExit(STOPPED)
     return publish(draft, _finish(config, run_uri))
+
+
+def _devices(use_gpu: bool) -> parallel.Devices:
+    kind: Literal["gpu", "cpu"] = "gpu" if use_gpu else "cpu"
+    return parallel.Devices(kind, int(ray.cluster_resources().get(kind.upper(), 0)))
 
 
 def _inputs(config: TrainConfig) -> dict[str, Input]:

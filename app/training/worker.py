@@ -28,9 +28,10 @@ from app.training.gathering import Workload
 from app.training.held_out import HeldOut, open_all
 from app.training.journal import Journal, add_event
 from app.training.ledger import Rewind, data_step_of, skipped_windows
-from app.training.meters import CommunicationClock, flops_per_token, measure_communication, peak_flops
+from app.training.meters import CommunicationClock, measure_communication, peak_flops
 from app.training.sampler import Plan
 from app.training.signals import Signals
+from app.training.sizes import flops_per_token
 from app.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -273,7 +274,9 @@ class Worker:
 
 def _workload(config: TrainConfig, model: Any, block_tokens: int, use_gpu: bool) -> Workload:
     shape = model.config
-    per_token = flops_per_token(num_matrix_parameters(model), shape.num_hidden_layers, shape.hidden_size, block_tokens)
+    head_width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    attention_width = shape.num_attention_heads * head_width
+    per_token = flops_per_token(num_matrix_parameters(model), shape.num_hidden_layers, attention_width, block_tokens)
     return Workload(config.global_batch_sequences * block_tokens, per_token, peak_flops(use_gpu))
 
 
