@@ -13,6 +13,7 @@ from typing import Any
 from app.training.config import TrainConfig
 
 WATCHED = ("mixtral", "qwen2_moe", "qwen3_moe")  # their routers return logits [tokens, experts] and the chosen experts
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as the families call it
 
 
 def architecture(config: TrainConfig, shape: Mapping[str, int]) -> Any:
@@ -48,8 +49,16 @@ def architecture(config: TrainConfig, shape: Mapping[str, int]) -> Any:
 
 def num_experts(model_config: Any) -> int:
     """Experts of a layer of a transformers model; 0 for a dense one."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return max(int(getattr(model_config, name, 0) or 0) for name in names)
+    return max(int(getattr(model_config, name, 0) or 0) for name in _NUM_EXPERTS)
+
+
+def refuse_unwatched(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError if a model's config.json is that of a mixture of experts whose load nobody would even out."""
+    family = settings.get("model_type")
+    if any(settings.get(name) for name in _NUM_EXPERTS) and family not in WATCHED:
+        raise ValueError(
+            f"init_from_uri: a mixture of experts of type {family} is not supported; {', '.join(WATCHED)} are"
+        )
 
 
 def active_share(model: Any) -> float:

@@ -54,7 +54,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
             inputs = worker.to_device(micro_batch)
             with meter.part("forward_backward"):
                 loss = engine(**inputs, num_items_in_batch=weight).loss
-                engine.backward(loss)
+                engine.backward(worker.balanced(loss, micro_batch["labels"]))
             with meter.part("optimizer"):
                 engine.step()
             loss_sum += loss.detach()
@@ -64,6 +64,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         signs = [worker.signals.wants_stop, worker.signals.wants_to_talk(), worker.saver.error is not None]
         mine = [*rank_row(figures), share, float(engine.get_global_grad_norm()), *signs, worker.saver.completed]
         rows, digests = exchange(mine, data.rows_digest, device)
+        expert_values = worker.expert_values()
         loss_mean, grad_norm = float(rows[:, LOSS].sum()), float(rows[0, GRAD_NORM])
         if rows[:, FAILED].any():
             return worker.give_up(worker.saving_error())
@@ -78,7 +79,11 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         detector.accept(loss_mean)
 
         values: dict[str, Any] = {"loss": loss_mean, "grad_norm": grad_norm, "learning_rate": rate}
-        values |= step_values(rows, worker.work) | {"data_step": data.data_step, "rows": f"{combine(digests):016x}"}
+        values |= (
+            expert_values
+            | step_values(rows, worker.work)
+            | {"data_step": data.data_step, "rows": f"{combine(digests):016x}"}
+        )
         worker.step = step + 1
         if worker.is_due(config.evaluation_interval_steps) and config.validation == "inline":
             with meter.part("evaluation"):

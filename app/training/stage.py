@@ -32,6 +32,7 @@ from app.models import END_OF_TEXT
 from app.training import checkpoint, goodput, journal, ledger, parallel, report, signals
 from app.training.batches import open_plan, read_tokens
 from app.training.config import TrainConfig
+from app.training.families import refuse_unwatched
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ def _inputs(config: TrainConfig) -> dict[str, Input]:
         uri = f"{config.resolve(config.init_from_uri)}/config.json"
         if not storage.exists(uri):
             raise ValueError(f"init_from_uri: {uri} does not exist; a folder in the Hugging Face layout is needed")
+        with storage.open_file(uri) as file:
+            refuse_unwatched(json.load(file))
         inputs["init_from"] = raw_inputs([uri])[uri]
     return inputs
 

@@ -23,6 +23,7 @@ from app.training.batches import Blocks, open_plan, open_train_blocks
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
 from app.training.engine import build, num_matrix_parameters
+from app.training.experts import Experts
 from app.training.feed import Feed, Share
 from app.training.gathering import Workload
 from app.training.held_out import HeldOut, open_all
@@ -98,6 +99,7 @@ class Worker:
                 import_seconds=job["import_seconds"], setup_seconds=built - job["began"] - job["import_seconds"],
                 load_seconds=time.time() - built, reached=self.start.reached, last_alive=self.start.last_alive,
             )  # fmt: skip
+        self.experts = Experts.of(self.engine.module)
         self.telemetry = Telemetry(self.config, self.run_uri, job["run_name"], self.journal, self.step)
         torch.distributed.barrier()
 
@@ -121,6 +123,20 @@ class Worker:
             name: (tensor.view(1, -1) if joined else tensor).to(self.engine.device, non_blocking=True)
             for name, tensor in micro_batch.items()
         }
+
+    def balanced(self, loss: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What to go backward from: the loss itself, with the balancing loss of a mixture of experts."""
+        return self.experts.balanced(loss, labels) if self.experts else loss
+
+    def expert_values(self) -> dict[str, float]:
+        """The step's load of the experts, {} for a dense model; all shares are noted now and then; collective."""
+        if not self.experts:
+            return {}
+        values, shares = self.experts.values()
+        done = self.step + 1
+        if self.rank == 0 and (done % self.config.evaluation_interval_steps == 0 or done == self.config.num_steps):
+            add_event(self.run_uri, "experts", step=done, shares=shares.round(6).tolist())
+        return values
 
     def recent_losses(self) -> list[float]:
         """Losses of the steps before, as many as the spike detector looks at; collective."""
