@@ -44,7 +44,7 @@ def test_every_yaml_is_valid(path: Path) -> None:
     assert config.with_overrides({}) == config
 
 
-@pytest.mark.parametrize("size", ["demo", "1b", "7b", "13b", "70b", "30b-a3b"])
+@pytest.mark.parametrize("size", ["demo", "1b", "7b", "13b", "70b"])
 def test_there_is_a_pipeline_of_every_size(size: str) -> None:
     assert ROOT / "jobs" / "configs" / size / "run_pipeline.yaml" in FILES
 

@@ -113,7 +113,7 @@ def _serving_rows(config: PlanConfig) -> Rows:
     cache = estimate.key_value_bytes_per_token(model)
     context = gib(cache * config.block_tokens)
     return [
-        ("served", f"{gib(whole)} in bfloat16, {gib(packed)} in int4"),
+        ("served", f"{gib(whole)} in bfloat16" + ("" if model.num_experts else f", {gib(packed)} in int4")),
         ("key-value cache", f"{cache / 1024:.0f} KiB a token, {context} for a context of {config.block_tokens}"),
     ]
 

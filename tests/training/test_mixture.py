@@ -1,4 +1,4 @@
-"""A mixture of experts on two workers under ZeRO-3: it learns, resumes bit for bit, and is exported as it was trained."""
+"""A mixture of experts on two workers under ZeRO-3 learns, resumes bit for bit and is exported as it was trained."""
 
 import math
 import os
