@@ -145,8 +145,9 @@ def training_days(flops: float, num_devices: int, peak_flops: float, mfu: float)
 
 
 def checkpoint_bytes(config: TrainConfig, total: int) -> float:
-    """One checkpoint of all workers: the float32 weights, two moments, and the weights in the training type."""
-    return total * (12 if config.zero_stage else 8) + total * _element_bytes(config)
+    """One checkpoint of all workers: the float32 weights and two moments; below ZeRO-3 the weights at work, too."""
+    states = 12.0 if config.zero_stage else 8.0
+    return total * (states + (_element_bytes(config) if config.zero_stage < 3 else 0))
 
 
 def key_value_bytes_per_token(model: ModelConfig) -> int:

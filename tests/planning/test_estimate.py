@@ -190,7 +190,7 @@ def test_time_and_storage() -> None:
     flops = training_flops(config, shape)
     assert flops == 6 * (6_738_415_616 - 32_000 * 4096) + 12 * 32 * 4096 * 4096
     assert training_days(flops * 1e12, 1024, 312e12, 0.5) == pytest.approx(3.3, rel=0.02)
-    assert checkpoint_bytes(config, 1000) == 14_000
+    assert [checkpoint_bytes(train_of(zero_stage=stage), 1000) for stage in (1, 2, 3)] == [14_000, 14_000, 12_000]
     assert key_value_bytes_per_token(model_of(LLAMA_2_7B)) == 512 * 1024
     assert serving_bytes(model_of(LLAMA_2_7B), 32_000, quantized=False) == 2 * 6_738_415_616
     assert 3.5e9 < serving_bytes(model_of(LLAMA_2_7B), 32_000, quantized=True) < 4.0e9
