@@ -130,7 +130,7 @@ def _flash_attention_in_float32(config: TrainConfig, devices: Devices) -> Refusa
 
 def _no_device_to_score_on(config: TrainConfig, devices: Devices) -> Refusal | None:
     if config.validation == "async" and config.num_workers == devices.number:
-        reason = f"validation async: scoring needs a device beside the {config.num_workers} workers', and there is none"
+        reason = f"validation async: all {devices.number} devices are workers', so nothing is scored before the end"
         return Refusal(reason, "validation", "inline")
     return None
 
