@@ -13,6 +13,7 @@ from app.conversations.config import CheckConversationsConfig, PackConversations
 from app.corpus.config import CorpusConfig, DemoCorpusConfig
 from app.evaluation.config import EvaluateConfig, ParityConfig
 from app.pipeline.config import PipelineConfig
+from app.planning.config import PlanConfig
 from app.quantization.config import QuantizeConfig
 from app.serving.config import AskConfig, DeployConfig, ServeConfig
 from app.tokens.config import PackConfig, TokenizerConfig
@@ -34,6 +35,7 @@ CONFIGS: dict[str, type[Config]] = {
     "check_parity": ParityConfig,
     "ask_model": AskConfig,
     "run_pipeline": PipelineConfig,
+    "plan_capacity": PlanConfig,
 }
 FILES = sorted((ROOT / "jobs" / "configs").rglob("*.yaml"))
 
@@ -45,7 +47,7 @@ def test_every_yaml_is_valid(path: Path) -> None:
     assert config.with_overrides({}) == config
 
 
-@pytest.mark.parametrize("size", ["demo", "13b"])
+@pytest.mark.parametrize("size", ["demo", "1b", "7b", "13b", "70b"])
 def test_there_is_a_pipeline_of_every_size(size: str) -> None:
     assert ROOT / "jobs" / "configs" / size / "run_pipeline.yaml" in FILES
 

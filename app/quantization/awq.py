@@ -30,6 +30,12 @@ def refuse_group_size(model_config: Mapping[str, Any], group_size: int) -> None:
             raise ValueError(f"group_size: {group_size} does not divide the model's {name} {width}; use {fitting}")
 
 
+def refuse_experts(model_config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a mixture of experts: transformers keeps experts as one tensor, which AWQ passes over."""
+    if any(model_config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise ValueError("model_uri: a mixture of experts is not quantized yet; serve the model as it is")
+
+
 def quantize(
     model: PreTrainedModel, windows: Sequence[Sequence[int]], group_size: int, symmetric: bool, ignore: list[str]
 ) -> None:

@@ -11,21 +11,50 @@ from app.config import Config, RunConfig
 
 
 class ModelConfig(Config):
-    """A Llama-family decoder; vocabulary and context come from the tokens artifact."""
+    """A decoder of one of three families; vocabulary and context come from the tokens artifact."""
 
+    architecture: Literal["llama", "qwen3", "qwen3_moe"] = Field(
+        "llama", description="qwen3: queries and keys are normalised; qwen3_moe: a mixture of experts in every layer"
+    )
     hidden_size: int = Field(256, ge=32, description="width of the residual stream")
-    intermediate_size: int = Field(768, ge=32, description="width of the SwiGLU layer")
+    intermediate_size: int = Field(768, ge=32, description="width of the SwiGLU layer; qwen3_moe does not use it")
     num_layers: int = Field(6, ge=1, description="decoder layers")
     num_heads: int = Field(8, ge=1, description="query heads; vLLM on a CPU wants head size 32 or more")
     num_key_value_heads: int = Field(4, ge=1, description="key and value heads (grouped-query attention)")
+    head_size: int = Field(0, ge=0, description="width of a head; 0: hidden_size / num_heads")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary position embedding")
     tie_embeddings: bool = Field(True, description="share the input and output embedding")
+    num_experts: int = Field(0, ge=0, description="experts of a layer; for qwen3_moe")
+    experts_per_token: int = Field(0, ge=0, description="experts that a token is sent to; for qwen3_moe")
+    moe_intermediate_size: int = Field(0, ge=0, description="width of one expert's SwiGLU layer; for qwen3_moe")
+    router_aux_loss_coefficient: float = Field(1e-3, ge=0, description="weight of the loss that evens out expert load")
+    norm_topk_prob: bool = Field(True, description="the weights of a token's experts sum to 1")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads or self.num_heads % self.num_key_value_heads:
+        if (not self.head_size and self.hidden_size % self.num_heads) or self.num_heads % self.num_key_value_heads:
             raise ValueError("num_heads must divide hidden_size, and num_key_value_heads must divide num_heads")
         return self
+
+    @model_validator(mode="after")
+    def _experts_belong(self) -> ModelConfig:
+        sizes = (self.num_experts, self.experts_per_token, self.moe_intermediate_size)
+        if self.architecture != "qwen3_moe" and any(sizes):
+            raise ValueError(
+                "num_experts, experts_per_token and moe_intermediate_size need architecture qwen3_moe "
+                f"(it is {self.architecture})"
+            )
+        if self.architecture == "qwen3_moe" and not (all(sizes) and self.experts_per_token <= self.num_experts):
+            raise ValueError(
+                "architecture qwen3_moe needs num_experts, moe_intermediate_size and an experts_per_token of at most "
+                "num_experts"
+            )
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.head_size or self.hidden_size // self.num_heads
 
 
 class OptimizerConfig(Config):

@@ -15,6 +15,7 @@ import torch
 from app.training import adapter
 from app.training.config import TrainConfig
 from app.training.export import load_base
+from app.training.families import active_share, architecture
 from app.training.zero import deepspeed_config
 
 
@@ -71,32 +72,22 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
 
 
 def fresh_model(config: TrainConfig, shape: Mapping[str, int]) -> Any:
-    """A Llama-family model of the config's size, its weights drawn now; the keys of `shape` are those of `build`."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    """A model of the config's family and size, its weights drawn now; the keys of `shape` are those of `build`."""
+    from transformers import AutoModelForCausalLM
 
-    model = config.model
-    architecture = LlamaConfig(
-        vocab_size=shape["vocab_size"],
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        max_position_embeddings=shape["block_tokens"],
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        tie_word_embeddings=model.tie_embeddings,
-        bos_token_id=shape["end_of_text_id"],
-        eos_token_id=shape["end_of_text_id"],
-        attn_implementation=config.attention,
-    )
-    return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
+    return AutoModelForCausalLM.from_config(architecture(config, shape), dtype=getattr(torch, config.dtype))
 
 
 def num_matrix_parameters(model: Any) -> int:
-    """Parameters that a token is multiplied with: all but the input embedding."""
+    """Parameters that a token is multiplied with: not the input embedding, nor the experts that it is not sent to."""
     embedding = model.get_input_embeddings().weight
-    tied = model.config.tie_word_embeddings
-    return sum(_size(parameter) for parameter in model.parameters() if tied or parameter is not embedding)
+    skipped = None if model.config.tie_word_embeddings else embedding
+    share = active_share(model)
+    return sum(
+        round(_size(parameter) * (share if ".experts." in name else 1.0))
+        for name, parameter in model.named_parameters()
+        if parameter is not skipped
+    )
 
 
 def _pretrained(config: TrainConfig, shape: Mapping[str, int]) -> Any:

@@ -55,7 +55,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
             inputs = worker.to_device(micro_batch)
             with meter.part("forward_backward"):
                 loss = worker.loss(inputs, weight)
-                engine.backward(loss)
+                engine.backward(worker.balanced(loss, micro_batch["labels"]))
             with meter.part("optimizer"):
                 engine.step()
             loss_sum += loss.detach()
@@ -66,6 +66,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         mine = [*rank_row(figures), share, float(engine.get_global_grad_norm()), *signs, worker.saver.completed]
         mine += worker.take_tally()
         rows, digests = exchange(mine, data.rows_digest, device)
+        expert_values = worker.expert_values()
         loss_mean, grad_norm = float(rows[:, LOSS].sum()), float(rows[0, GRAD_NORM])
         if rows[:, FAILED].any():
             return worker.give_up(worker.saving_error())
@@ -80,7 +81,11 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         detector.accept(loss_mean)
 
         values: dict[str, Any] = {"loss": loss_mean, "grad_norm": grad_norm, "learning_rate": rate}
-        values |= step_values(rows, worker.work) | {"data_step": data.data_step, "rows": f"{combine(digests):016x}"}
+        values |= (
+            expert_values
+            | step_values(rows, worker.work)
+            | {"data_step": data.data_step, "rows": f"{combine(digests):016x}"}
+        )
         if worker.learns_pairs:
             right, margin = (float(rows[:, column].sum()) / data.num_labels for column in (RIGHT, MARGIN))
             values |= {"preference_accuracy": right, "reward_margin": margin}

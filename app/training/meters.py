@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+from app.devices import published_flops
 
 logger = logging.getLogger(__name__)
 
@@ -42,28 +43,6 @@ _COLLECTIVES = (
     *("all_to_all", "all_to_all_single", "broadcast", "broadcast_object_list", "gather", "scatter", "send", "recv"),
     *("barrier", "monitored_barrier"),
 )
-PEAK_FLOPS = {  # dense, of one device, from the vendors' data sheets; the first whose words the device's name has
-    "B200": 2250e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,  # float16: it has no bfloat16
-}
 
 
 class CommunicationClock:
@@ -221,16 +200,6 @@ def peak_flops(use_gpu: bool) -> float:
     return published_flops(torch.cuda.get_device_name()) if use_gpu else _cpu_flops()
 
 
-def published_flops(device_name: str) -> float:
-    """PEAK_FLOPS of a device by the name that CUDA gives it, or 0.0.
-
-    >>> published_flops("NVIDIA A100-SXM4-80GB"), published_flops("NVIDIA H20"), published_flops("Tesla T4")
-    (312000000000000.0, 148000000000000.0, 0.0)
-    """
-    words = set(re.split(r"[\s-]+", device_name.upper()))
-    return next((flops for name, flops in PEAK_FLOPS.items() if words.issuperset(name.upper().split())), 0.0)
-
-
 @functools.cache
 def _cpu_flops(size: int = 1024) -> float:
     """Best of three float32 products in this process's threads."""
@@ -241,17 +210,6 @@ def _cpu_flops(size: int = 1024) -> float:
         torch.mm(left, right)
         seconds.append(time.perf_counter() - began)
     return 2.0 * size**3 / min(seconds)
-
-
-def flops_per_token(
-    num_parameters_without_embedding: int, num_layers: int, hidden_size: int, block_tokens: int
-) -> float:
-    """Forward and backward, 6 N + 12 L H T: PaLM, appendix B (arXiv:2204.02311); recomputation is not counted.
-
-    >>> flops_per_token(7_000_000, 6, 256, 1024)
-    60874368.0
-    """
-    return 6.0 * num_parameters_without_embedding + 12.0 * num_layers * hidden_size * block_tokens
 
 
 def gpu_figures() -> dict[str, float]:

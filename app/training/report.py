@@ -29,6 +29,8 @@ EXPLANATIONS = {
     "tokens_per_second": "median over steps, all workers; checkpoints and evaluations left out",
     "mfu": "model FLOPs over the peak of the devices, median",
     "communication_share": "exposed communication over the step's time, median",
+    "expert_load_max": "tokens of the busiest expert over the mean, in the worst layer, median; 1 is even",
+    "expert_load_entropy": "entropy of the experts' load over the most that it can be, median; 1 is even",
     "goodput": "time of the surviving steps over all time since the first attempt began",
     "wall_seconds": "since the first attempt began",
     "restarts": "attempts after the first",
@@ -81,7 +83,7 @@ def render(lines: Sequence[Line], events: Sequence[Event], figures: Mapping[str,
     parts += [f"<h2>{title}</h2><div>{picture}</div>" for title, picture in _pictures(lines, marks)]
     if marks:
         parts.append("<p class=note>Dashed lines: grey is a restart, red a rewind.</p>")
-    parts += _incidents(ledger, events)
+    parts += _incidents(ledger, events) + _expert_load(events)
     return page("Training", parts)
 
 
@@ -93,7 +95,7 @@ def _headline(lines: Sequence[Line], ledger: Goodput) -> dict[str, Any]:
     for name in ("held_out_bits_per_byte", "replay_bits_per_byte"):
         if measured := _values(lines, name):
             figures[name] = measured[-1]
-    for name in ("tokens_per_second", "mfu", "communication_share"):
+    for name in ("tokens_per_second", "mfu", "communication_share", "expert_load_max", "expert_load_entropy"):
         if measured := _values(lines, name):
             figures[name] = median(measured)
     if ledger.wall_seconds:
@@ -120,6 +122,20 @@ def _incidents(ledger: Goodput, events: Sequence[Event]) -> list[str]:
     return [f"<h2>{title}</h2>{table(heads, rows)}" for heads, title, rows in tables if rows]
 
 
+def _expert_load(events: Sequence[Event]) -> list[str]:
+    """A row for each layer: how its tokens were spread over the experts when that was last noted."""
+    noted = [event for event in events if event["kind"] == "experts"]
+    if not noted:
+        return []
+    rows = [
+        [layer, len(shares) * max(shares), len(shares) * min(shares), sum(share == 0 for share in shares)]
+        for layer, shares in enumerate(noted[-1]["shares"])
+    ]
+    heads = ["layer", "busiest expert over the mean", "idlest", "experts without a token"]
+    note = f"<p class=note>Of step {noted[-1]['step']}. No expert has a capacity: no token is dropped.</p>"
+    return [f"<h2>Load of the experts</h2>{table(heads, rows)}{note}"]
+
+
 def _restart_row(restart: Restart) -> list[Any]:
     when = datetime.fromtimestamp(restart.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
     took = ", ".join(f"{name.removesuffix('_seconds')} {value:.1f}" for name, value in restart.breakdown.items())
@@ -143,12 +159,15 @@ def _pictures(lines: Sequence[Line], marks: Sequence[tuple[float, str]]) -> list
     spread = [Curve("rank_spread", "rank spread (% of the step)", ORANGE, scale=100)]
     utilization = [Curve("gpu_utilization", "GPU utilization (%)", BLUE, scale=100)]
     power = [Curve("gpu_power_watts", "power of a GPU (W)", ORANGE)]
+    load = [Curve("expert_load_max", "busiest expert over the mean", BLUE)]
+    entropy = [Curve("expert_load_entropy", "entropy of the load (1 is even)", ORANGE)]
     drawn = {
         "Loss": _two_axes(lines, loss, held_out, marks),
         "Learning rate and gradient norm": _two_axes(lines, rate, norm, marks),
         "Speed": _two_axes(lines, speed, mfu, marks),
         "Time of a step": _step_split(lines),
         "Memory and ranks": _two_axes(lines, memory, spread, marks),
+        "Load of the experts": _two_axes(lines, load, entropy, marks),
         "GPU": _two_axes(lines, utilization, power, marks),
     }
     return [(title, picture) for title, picture in drawn.items() if picture]

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.train
@@ -29,9 +29,10 @@ from safetensors import safe_open
 from app import cluster, storage
 from app.artifacts import Input, Manifest, clear, find_complete, folder_input, publish, read_manifest
 from app.models import END_OF_TEXT
-from app.training import checkpoint, goodput, journal, ledger, report, signals
+from app.training import checkpoint, goodput, journal, ledger, parallel, report, signals
 from app.training.batches import PAIRS, open_plan, read_tokens
 from app.training.config import TrainConfig
+from app.training.families import refuse_unwatched
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +68,13 @@ def run(config: TrainConfig) -> Manifest:
     draft = Manifest.draft(config.kind, uri, config, _inputs(config))
     if done := find_complete(draft, config.overwrite):
         return done
+    cluster.connect()
+    use_gpu = cluster.has_gpu()
+    for line in parallel.plan(config, _devices(use_gpu)).lines:
+        logger.info("%s", line)
     clear(uri)
     run_uri = config.resolve(config.checkpoints_uri)
     run_name = open_run(run_uri, draft, config.overwrite)
-    cluster.connect()
-    use_gpu = cluster.has_gpu()
     job: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "run_uri": run_uri,
@@ -92,6 +95,11 @@ def run(config: TrainConfig) -> Manifest:
     return publish(draft, _finish(config, run_uri))
 
 
+def _devices(use_gpu: bool) -> parallel.Devices:
+    kind: Literal["gpu", "cpu"] = "gpu" if use_gpu else "cpu"
+    return parallel.Devices(kind, int(ray.cluster_resources().get(kind.upper(), 0)))
+
+
 def _inputs(config: TrainConfig) -> dict[str, Input]:
     tokenizer = folder_input(config.resolve(config.tokenizer_uri), ("tokenizer", "model"), "tokenizer.json")
     inputs = {"tokenizer": tokenizer}
@@ -107,10 +115,13 @@ def _inputs(config: TrainConfig) -> dict[str, Input]:
             )
         inputs[name] = tokens.as_input()
     if config.init_from_uri:
+        uri = config.resolve(config.init_from_uri)
         try:
-            inputs["init_from"] = folder_input(config.resolve(config.init_from_uri), ("model",), "config.json")
+            inputs["init_from"] = folder_input(uri, ("model",), "config.json")
         except ValueError as error:
             raise ValueError(f"init_from_uri: {error}") from None
+        with storage.open_file(f"{uri}/config.json") as file:
+            refuse_unwatched(json.load(file))
     return inputs
 
 

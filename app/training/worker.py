@@ -23,14 +23,16 @@ from app.training.batches import PAIRS, Blocks, open_plan, open_train_blocks, re
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
 from app.training.engine import build, num_matrix_parameters
+from app.training.experts import Experts
 from app.training.feed import Feed, Share
 from app.training.gathering import Workload
 from app.training.held_out import HeldOut, open_all
 from app.training.journal import Journal, add_event
 from app.training.ledger import Rewind, data_step_of, skipped_windows
-from app.training.meters import CommunicationClock, flops_per_token, measure_communication, peak_flops
+from app.training.meters import CommunicationClock, measure_communication, peak_flops
 from app.training.sampler import Plan
 from app.training.signals import Signals
+from app.training.sizes import flops_per_token
 from app.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,7 @@ class Worker:
                 load_seconds=time.time() - built, reached=self.start.reached, last_alive=self.start.last_alive,
                 trainable_parameters=trained, all_parameters=total,
             )  # fmt: skip
+        self.experts = Experts.of(self.engine.module)
         self.telemetry = Telemetry(self.config, self.run_uri, job["run_name"], self.journal, self.step)
         torch.distributed.barrier()
 
@@ -147,6 +150,20 @@ class Worker:
         right, margin, _ = self.tally.tolist()
         self.tally = torch.zeros_like(self.tally)
         return [right, margin]
+
+    def balanced(self, loss: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What to go backward from: the loss itself, with the balancing loss of a mixture of experts."""
+        return self.experts.balanced(loss, labels) if self.experts else loss
+
+    def expert_values(self) -> dict[str, float]:
+        """The step's load of the experts, {} for a dense model; all shares are noted now and then; collective."""
+        if not self.experts:
+            return {}
+        values, shares = self.experts.values()
+        done = self.step + 1
+        if self.rank == 0 and (done % self.config.evaluation_interval_steps == 0 or done == self.config.num_steps):
+            add_event(self.run_uri, "experts", step=done, shares=shares.round(6).tolist())
+        return values
 
     def recent_losses(self) -> list[float]:
         """Losses of the steps before, as many as the spike detector looks at; collective."""
@@ -300,7 +317,9 @@ class Worker:
 
 def _workload(config: TrainConfig, model: Any, block_tokens: int, use_gpu: bool) -> Workload:
     shape = model.config
-    per_token = flops_per_token(num_matrix_parameters(model), shape.num_hidden_layers, shape.hidden_size, block_tokens)
+    head_width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    attention_width = shape.num_attention_heads * head_width
+    per_token = flops_per_token(num_matrix_parameters(model), shape.num_hidden_layers, attention_width, block_tokens)
     return Workload(config.global_batch_sequences * block_tokens, per_token, peak_flops(use_gpu))
 
 

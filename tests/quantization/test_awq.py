@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from app.quantization.awq import choose_windows, linear_sizes, refuse_group_size
+from app.quantization.awq import choose_windows, linear_sizes, refuse_experts, refuse_group_size
 
 
 def test_sizes_of_packed_linear_layers(tmp_path: Path) -> None:
@@ -40,3 +40,9 @@ def test_a_group_size_that_does_not_divide_a_width_is_refused() -> None:
     refuse_group_size({"hidden_size": 256, "intermediate_size": 768}, 128)
     with pytest.raises(ValueError, match=r"128 does not divide the model's intermediate_size 704; use \[32, 64\]"):
         refuse_group_size({"hidden_size": 256, "intermediate_size": 704}, 128)
+
+
+def test_a_mixture_of_experts_is_refused() -> None:
+    refuse_experts({"hidden_size": 256})
+    with pytest.raises(ValueError, match="a mixture of experts is not quantized yet"):
+        refuse_experts({"hidden_size": 256, "num_experts": 8})

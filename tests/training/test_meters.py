@@ -12,20 +12,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.devices import published_flops
 from app.training.gathering import FIELDS, Workload, exchange, pack, rank_row, rank_values, step_values, unpack
 from app.training.meters import (
     PARTS,
     CommunicationClock,
     StepMeter,
     exposed_seconds,
-    flops_per_token,
     gpu_figures,
     kernels,
     memory_bytes,
     peak_flops,
-    published_flops,
     time_collectives,
 )
+from app.training.sizes import flops_per_token
 
 intervals = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 8)).map(lambda pair: (pair[0], sum(pair))))
 

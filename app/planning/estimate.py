@@ -1,0 +1,166 @@
+"""What a training job takes: memory of a device and of its host, FLOPs, days, checkpoints, and what serving takes.
+
+States after Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054, section 3.1) as DeepSpeed 0.19 keeps them; activations
+counted as in Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), for the tensors that autograd keeps of
+transformers' layers with an attention that stores no score matrix. Pure arithmetic; it measures nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app.training.config import ModelConfig, TrainConfig
+from app.training.sizes import Parameters, count_parameters, flops_per_token
+
+GIB = 1 << 30
+_LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters and sub_group_size
+_INT4_BYTES = 0.5 + 2.5 / 128  # 4 bits, and of each group of 128 a 16-bit scale and a 4-bit zero point
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the tokens say: size of the vocabulary and length of a block."""
+
+    vocab_size: int
+    block_tokens: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the fullest moment of a step, by what they hold; `host` is on the machine's side."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float  # weights gathered for the layer at work, gradients on their way, float32 copies in the update
+    host: float
+
+    @property
+    def device(self) -> float:
+        """All of it but `host`."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.buffers
+
+
+def memory_of(config: TrainConfig, shape: Shape, num_devices: int) -> Memory:
+    """Memory of each of `num_devices` workers.
+
+    The optimizer works when the activations are gone: the larger of the two moments counts.
+    """
+    parameters = count_parameters(config.model, shape.vocab_size)
+    weights, gradients, optimizer, host = _states(config, parameters.total, num_devices)
+    tokens = config.micro_batch_sequences * shape.block_tokens
+    activations = tokens * activation_bytes_per_token(config, shape)
+    logits = tokens * shape.vocab_size * (10.0 if config.dtype == "bfloat16" else 8.0)  # with their float32 copies
+    moving = _moving(config, parameters, num_devices)
+    update = _update(config, parameters.total, num_devices)
+    buffers = max(moving, update - activations - logits)
+    return Memory(weights, gradients, optimizer, activations, logits, buffers, host)
+
+
+def _element_bytes(config: TrainConfig) -> int:
+    return 2 if config.dtype == "bfloat16" else 4
+
+
+def _states(config: TrainConfig, total: int, num_devices: int) -> tuple[float, float, float, float]:
+    """Bytes of weights, gradients, optimizer states on the device, and of what is offloaded to its host.
+
+    AdamW keeps two moments, and ZeRO a float32 copy of the weights, also of float32 ones.
+    """
+    size, stage = _element_bytes(config), config.zero_stage
+    weights = size * total / (num_devices if stage == 3 else 1)
+    gradients = size * total / (num_devices if stage >= 2 else 1)
+    optimizer = 12 * total / num_devices if stage else 8.0 * total
+    if config.offload_optimizer == "none" or not stage:
+        return weights, gradients, optimizer, 0.0
+    kept = gradients if stage == 1 else 0.0  # from stage 2 on the gradients go to the host as they come
+    on_host = 4 * total / num_devices + (optimizer if config.offload_optimizer == "cpu" else 0.0)
+    return weights, kept, 0.0, on_host
+
+
+def _moving(config: TrainConfig, parameters: Parameters, num_devices: int) -> float:
+    """Bytes of what is whole for a while during the forward and backward pass."""
+    size, stage, model = _element_bytes(config), config.zero_stage, config.model
+    if not stage or num_devices == 1:
+        return 0.0
+    layer = (parameters.attention + parameters.mlp + parameters.experts + parameters.routers) / model.num_layers
+    largest = max(layer, parameters.embedding)
+    bucket = max(model.hidden_size**2, 1_000_000)
+    gathered = min(parameters.total, _LIVE_ELEMENTS + largest) if stage == 3 else 0.0
+    arriving = largest if stage >= 2 else 0.0  # gradients before they are divided up
+    return size * (gathered + arriving + 2 * bucket)
+
+
+def _update(config: TrainConfig, total: int, num_devices: int) -> float:
+    """Bytes that the update takes beside the states: the gradients once more in float32."""
+    if not config.zero_stage or config.offload_optimizer != "none":
+        return 0.0
+    shard = total / num_devices
+    return 4 * (min(shard, _LIVE_ELEMENTS) if config.zero_stage == 3 else shard)
+
+
+def activation_bytes_per_token(config: TrainConfig, shape: Shape) -> float:
+    """Bytes that autograd keeps of one token until the backward pass, without the logits."""
+    size, model = _element_bytes(config), config.model
+    layer = _layer_bytes(config, shape)
+    ends = model.hidden_size * (size + 4) + model.hidden_size * size  # final norm, and the input of the head
+    if config.activation_checkpointing:
+        return size * model.num_layers * model.hidden_size + layer + ends
+    return model.num_layers * layer + ends
+
+
+def _layer_bytes(config: TrainConfig, shape: Shape) -> float:
+    """Of one layer: two norms with a float32 copy each, attention, and the MLP or the experts of a token."""
+    size, model = _element_bytes(config), config.model
+    width, queries = model.hidden_size, model.num_heads * model.head_width
+    keys = model.num_key_value_heads * model.head_width
+    norms = 2 * width * (4 + 2 * size)  # the float32 input, the normalised, the result that the linear layers read
+    attention = size * (2 * queries + 2 * keys) + 4 * model.num_heads  # q, k, v, the result, its log-sum-exp
+    if model.architecture != "llama":
+        attention += (queries + keys) * (4 + size)
+    if config.attention == "eager":
+        attention += model.num_heads * shape.block_tokens * (4 + size)  # float32 softmax and its copy
+    if not model.num_experts:
+        return norms + attention + size * 4 * model.intermediate_size  # gate, its SiLU, up, their product
+    each = size * (2 * width + 4 * model.moe_intermediate_size)
+    routing = 4 * 2 * model.num_experts  # float32 probabilities, for the choice and for the balancing loss
+    return norms + attention + model.experts_per_token * each + routing
+
+
+def training_flops(config: TrainConfig, shape: Shape) -> float:
+    """FLOPs of one token, forward and backward."""
+    model = config.model
+    multiplied = count_parameters(model, shape.vocab_size).multiplied
+    return flops_per_token(multiplied, model.num_layers, model.num_heads * model.head_width, shape.block_tokens)
+
+
+def training_days(flops: float, num_devices: int, peak_flops: float, mfu: float) -> float:
+    """Days for so many FLOPs at a model FLOPs utilization.
+
+    >>> round(training_days(6 * 7e9 * 1e12, 64, 312e12, 0.5), 1)
+    48.7
+    """
+    return flops / (num_devices * peak_flops * mfu) / 86_400
+
+
+def checkpoint_bytes(config: TrainConfig, total: int) -> float:
+    """One checkpoint of all workers: the float32 weights and two moments; below ZeRO-3 the weights at work, too."""
+    states = 12.0 if config.zero_stage else 8.0
+    return total * (states + (_element_bytes(config) if config.zero_stage < 3 else 0))
+
+
+def key_value_bytes_per_token(model: ModelConfig) -> int:
+    """Key-value cache of one token in 16 bits.
+
+    >>> key_value_bytes_per_token(ModelConfig(hidden_size=4096, num_layers=32, num_heads=32, num_key_value_heads=8))
+    131072
+    """
+    return 2 * 2 * model.num_layers * model.num_key_value_heads * model.head_width
+
+
+def serving_bytes(model: ModelConfig, vocab_size: int, quantized: bool) -> float:
+    """Weights of a served model: in 16 bits, or with its linear layers in 4 (AWQ, groups of 128)."""
+    parameters = count_parameters(model, vocab_size)
+    linear = parameters.attention + parameters.mlp + parameters.experts
+    return 2.0 * (parameters.total - linear) + linear * (_INT4_BYTES if quantized else 2.0)

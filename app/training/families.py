@@ -1,0 +1,67 @@
+"""The model families: a config of ours as a transformers config, and what of a model is a mixture of experts.
+
+Llama (Touvron et al. 2023, arXiv:2302.13971), Qwen3 and Qwen3-MoE (Yang et al. 2025, arXiv:2505.09388). A folder in
+the Hugging Face layout may hold others; a mixture of experts must be one whose routers experts.py can watch.
+It makes no weights; engine.py does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.training.config import TrainConfig
+
+WATCHED = ("mixtral", "qwen2_moe", "qwen3_moe")  # their routers return logits [tokens, experts] and the chosen experts
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as the families call it
+
+
+def architecture(config: TrainConfig, shape: Mapping[str, int]) -> Any:
+    """The transformers config of a fresh model; `shape` holds vocab_size, block_tokens and end_of_text_id."""
+    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+    model = config.model
+    families = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
+    experts = {
+        "num_experts": model.num_experts,
+        "num_experts_per_tok": model.experts_per_token,
+        "moe_intermediate_size": model.moe_intermediate_size,
+        "router_aux_loss_coef": model.router_aux_loss_coefficient,
+        "norm_topk_prob": model.norm_topk_prob,
+    }
+    return families[model.architecture](
+        vocab_size=shape["vocab_size"],
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        head_dim=model.head_width,
+        max_position_embeddings=shape["block_tokens"],
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tie_embeddings,
+        bos_token_id=shape["end_of_text_id"],
+        eos_token_id=shape["end_of_text_id"],
+        attn_implementation=config.attention,
+        **(experts if model.num_experts else {}),
+    )
+
+
+def num_experts(model_config: Any) -> int:
+    """Experts of a layer of a transformers model; 0 for a dense one."""
+    return max(int(getattr(model_config, name, 0) or 0) for name in _NUM_EXPERTS)
+
+
+def refuse_unwatched(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError if a model's config.json is that of a mixture of experts whose load nobody would even out."""
+    family = settings.get("model_type")
+    if any(settings.get(name) for name in _NUM_EXPERTS) and family not in WATCHED:
+        raise ValueError(
+            f"init_from_uri: a mixture of experts of type {family} is not supported; {', '.join(WATCHED)} are"
+        )
+
+
+def active_share(model: Any) -> float:
+    """Share of the experts' parameters that one token is multiplied with; 1.0 for a dense model."""
+    experts = num_experts(model.config)
+    return int(model.config.num_experts_per_tok) / experts if experts else 1.0

@@ -1,0 +1,146 @@
+"""How a job is laid out over its workers, and what cannot be: a pure function of TrainConfig and the devices.
+
+Each rule looks at one combination and gives the reason why it does not work and the setting that works instead. A
+refusal names all reasons and, with all changes made, the nearest job that would run.
+It does not look at memory (planning does) and knows data parallelism only: ZeRO 0 to 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from app.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What the workers run on; before a cluster is known it may be any kind, and 0 means any number."""
+
+    kind: Literal["any", "cpu", "gpu"] = "any"
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a combination does not work, and the one setting that is nearest to it and does."""
+
+    reason: str
+    key: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """What each optimizer step is made of."""
+
+    num_workers: int
+    accumulation_steps: int
+    micro_batch_sequences: int
+    filler_sequences: int  # rows without weight that fill up the last forward passes of a step
+    missing_devices: int  # that the job waits for
+
+    @property
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        passes = f"{self.accumulation_steps} forward pass{'es' if self.accumulation_steps > 1 else ''}"
+        said = f"{self.num_workers} workers × {passes} × {self.micro_batch_sequences} blocks"
+        if self.filler_sequences:
+            said += f", {self.filler_sequences} of them filled up without weight"
+        waits = f"waits for {self.missing_devices} more device{'s' if self.missing_devices > 1 else ''}"
+        return [said, *([waits] if self.missing_devices else [])]
+
+
+Rule = Callable[[TrainConfig, Devices], Refusal | None]
+
+
+def plan(config: TrainConfig, devices: Devices) -> ParallelPlan:
+    """The layout of the job. Raises ValueError with every reason and the nearest job that works."""
+    if reasons := [refusal.reason for refusal in refusals(config, devices)]:
+        changes = nearest(config, devices)
+        arguments = " ".join(f"--{key} {str(value).lower()}" for key, value in changes.items())
+        raise ValueError("\n".join([*reasons, f"the nearest job that works: {arguments}"]))
+    passes = config.accumulation_steps(config.num_workers)
+    places = config.num_workers * passes * config.micro_batch_sequences
+    missing = max(0, config.num_workers - devices.number) if devices.number else 0
+    return ParallelPlan(
+        num_workers=config.num_workers,
+        accumulation_steps=passes,
+        micro_batch_sequences=config.micro_batch_sequences,
+        filler_sequences=places - config.global_batch_sequences,
+        missing_devices=missing,
+    )
+
+
+def refusals(config: TrainConfig, devices: Devices) -> list[Refusal]:
+    """What does not work of the job, a refusal for each setting that has to change."""
+    found = (rule(config, devices) for rule in _RULES)
+    return [refusal for refusal in found if refusal]
+
+
+def nearest(config: TrainConfig, devices: Devices) -> dict[str, Any]:
+    """Dotted settings that make the job one that works; {} when it does already."""
+    changes: dict[str, Any] = {}
+    for _ in _RULES:  # a change may make another rule speak, each at most once
+        for refusal in refusals(config, devices):
+            changes[refusal.key] = refusal.value
+            config = config.with_overrides({refusal.key: refusal.value})
+    assert not refusals(config, devices), "two rules contradict each other"
+    return changes
+
+
+def _offload_without_zero(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.offload_optimizer == "cpu" and config.zero_stage == 0:
+        return Refusal("offload_optimizer cpu: without ZeRO DeepSpeed ignores it", "zero_stage", 1)
+    return None
+
+
+def _nvme_below_zero_3(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.offload_optimizer == "nvme" and config.zero_stage < 3:
+        return Refusal("offload_optimizer nvme: below ZeRO-3 DeepSpeed keeps the states in memory", "zero_stage", 3)
+    return None
+
+
+def _bfloat16_without_zero(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.dtype == "bfloat16" and config.zero_stage == 0 and config.offload_optimizer != "nvme":
+        reason = "dtype bfloat16 with zero_stage 0: DeepSpeed's optimizer for it gives other losses than ZeRO 1 to 3"
+        return Refusal(reason, "zero_stage", 1)
+    return None
+
+
+def _elastic_with_nvme(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.offload_optimizer == "nvme" and 0 < config.min_workers < config.num_workers:
+        reason = "min_workers with offload_optimizer nvme: states on a node's disk do not move to other workers"
+        return Refusal(reason, "min_workers", 0)
+    return None
+
+
+def _gpu_attention_on_cpu(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.attention in ("flash_attention_2", "flex_attention") and devices.kind == "cpu":
+        return Refusal(f"attention {config.attention}: has no backward pass on a CPU", "attention", "sdpa")
+    return None
+
+
+def _flash_attention_in_float32(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.attention == "flash_attention_2" and config.dtype == "float32" and devices.kind != "cpu":
+        return Refusal("attention flash_attention_2: computes in 16 bits only", "dtype", "bfloat16")
+    return None
+
+
+def _no_device_to_score_on(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.validation == "async" and config.num_workers == devices.number:
+        reason = f"validation async: all {devices.number} devices are workers', so nothing is scored before the end"
+        return Refusal(reason, "validation", "inline")
+    return None
+
+
+_RULES: tuple[Rule, ...] = (
+    _offload_without_zero,
+    _nvme_below_zero_3,
+    _bfloat16_without_zero,
+    _elastic_with_nvme,
+    _gpu_attention_on_cpu,
+    _flash_attention_in_float32,
+    _no_device_to_score_on,
+)

@@ -1,0 +1,77 @@
+"""How many parameters a model of a config has, by part, and what a token costs: pure arithmetic on ModelConfig.
+
+Equals what transformers makes of the config, for all families; a test compares. It knows nothing of memory or devices:
+planning does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app.training.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters of the whole model; `head` is 0 when the embeddings are tied."""
+
+    embedding: int
+    head: int
+    attention: int
+    mlp: int
+    experts: int
+    active_experts: int  # of `experts`, those that one token is sent to
+    routers: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.active + self.experts - self.active_experts
+
+    @property
+    def active(self) -> int:
+        """Those that one token meets, embeddings included: the second number in names like 30B-A3B."""
+        return self.embedding + self.head + self.attention + self.mlp + self.active_experts + self.routers + self.norms
+
+    @property
+    def multiplied(self) -> int:
+        """Those that one token is multiplied with: `active` without a lookup in an input embedding of its own."""
+        return self.active - (self.embedding if self.head else 0)
+
+
+def count_parameters(model: ModelConfig, vocab_size: int) -> Parameters:
+    """Parameters of a model by part.
+
+    >>> llama_2_7b = ModelConfig(
+    ...     hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_key_value_heads=32,
+    ...     tie_embeddings=False,
+    ... )
+    >>> count_parameters(llama_2_7b, 32_000).total
+    6738415616
+    """
+    width, layers = model.hidden_size, model.num_layers
+    queries, keys = model.num_heads * model.head_width, model.num_key_value_heads * model.head_width
+    one_expert = 3 * width * model.moe_intermediate_size  # gate, up and down
+    head_norms = 0 if model.architecture == "llama" else 2 * model.head_width  # of queries and keys
+    return Parameters(
+        embedding=vocab_size * width,
+        head=0 if model.tie_embeddings else vocab_size * width,
+        attention=layers * 2 * width * (queries + keys),
+        mlp=0 if model.num_experts else layers * 3 * width * model.intermediate_size,
+        experts=layers * model.num_experts * one_expert,
+        active_experts=layers * model.experts_per_token * one_expert,
+        routers=layers * model.num_experts * width,
+        norms=layers * (2 * width + head_norms) + width,
+    )
+
+
+def flops_per_token(num_multiplied_parameters: int, num_layers: int, attention_width: int, block_tokens: int) -> float:
+    """Forward and backward, 6 N + 12 L Q T: PaLM, appendix B (arXiv:2204.02311); recomputation is not counted.
+
+    Q is the heads' number times their width, mostly the hidden size.
+
+    >>> flops_per_token(7_000_000, 6, 256, 1024)
+    60874368.0
+    """
+    return 6.0 * num_multiplied_parameters + 12.0 * num_layers * attention_width * block_tokens

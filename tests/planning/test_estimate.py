@@ -1,0 +1,209 @@
+"""Sizes worked out by hand or published, and the ones that transformers and autograd come to."""
+
+import random
+from typing import Any
+
+import pytest
+
+from app.planning.estimate import (
+    Shape,
+    activation_bytes_per_token,
+    checkpoint_bytes,
+    key_value_bytes_per_token,
+    memory_of,
+    serving_bytes,
+    training_days,
+    training_flops,
+)
+from app.training.config import ModelConfig, TrainConfig
+from app.training.sizes import count_parameters
+
+LLAMA_2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_layers": 32,
+    "num_heads": 32,
+    "num_key_value_heads": 32,
+    "tie_embeddings": False,
+}
+LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8}
+QWEN3_30B_A3B = {
+    "architecture": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_layers": 48,
+    "num_heads": 32,
+    "num_key_value_heads": 4,
+    "head_size": 128,
+    "tie_embeddings": False,
+    "num_experts": 128,
+    "experts_per_token": 8,
+    "moe_intermediate_size": 768,
+}
+QWEN3_8B = LLAMA_3_8B | {"architecture": "qwen3", "intermediate_size": 12288, "num_layers": 36}
+
+
+def model_of(settings: dict[str, Any]) -> ModelConfig:
+    return ModelConfig.model_validate(settings)
+
+
+def train_of(model: dict[str, Any] = LLAMA_2_7B, **settings: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"model": model, "micro_batch_sequences": 1, "dtype": "bfloat16", **settings})
+
+
+@pytest.mark.parametrize(
+    ("model", "vocab_size", "total", "active"),
+    [
+        (LLAMA_2_7B, 32_000, 6_738_415_616, 6_738_415_616),
+        (LLAMA_3_8B, 128_256, 8_030_261_248, 8_030_261_248),
+        (QWEN3_8B, 151_936, 8_190_735_360, 8_190_735_360),
+        (QWEN3_30B_A3B, 151_936, 30_532_122_624, 3_353_032_704),
+    ],
+    ids=["Llama-2-7B", "Llama-3-8B", "Qwen3-8B", "Qwen3-30B-A3B"],
+)
+def test_published_models(model: dict[str, Any], vocab_size: int, total: int, active: int) -> None:
+    count = count_parameters(model_of(model), vocab_size)
+    assert (count.total, count.active) == (total, active)
+    assert count.multiplied == active - vocab_size * model["hidden_size"]
+
+
+def random_model(seed: int) -> dict[str, Any]:
+    draw = random.Random(seed)
+    heads = draw.choice([1, 2, 4])
+    model: dict[str, Any] = {
+        "architecture": draw.choice(["llama", "qwen3", "qwen3_moe"]),
+        "hidden_size": 32 * heads,
+        "intermediate_size": 32 * draw.randint(1, 5),
+        "num_layers": draw.randint(1, 4),
+        "num_heads": heads,
+        "num_key_value_heads": draw.choice([size for size in (1, 2, 4) if heads % size == 0]),
+        "head_size": draw.choice([0, 16, 64]),
+        "tie_embeddings": draw.random() < 0.5,
+    }
+    if model["architecture"] == "qwen3_moe":
+        experts = draw.randint(2, 6)
+        model |= {
+            "num_experts": experts,
+            "experts_per_token": draw.randint(1, experts),
+            "moe_intermediate_size": 32 * draw.randint(1, 3),
+        }
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_parameters_are_those_of_transformers(seed: int) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from app.training.engine import num_matrix_parameters
+    from app.training.families import architecture
+
+    config = train_of(random_model(seed))
+    with torch.device("meta"):
+        made = architecture(config, {"vocab_size": 300, "block_tokens": 64, "end_of_text_id": 0})
+        model = AutoModelForCausalLM.from_config(made)
+    count = count_parameters(config.model, 300)
+    assert count.total == sum(parameter.numel() for parameter in model.parameters())
+    assert count.multiplied == num_matrix_parameters(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        {},
+        {"architecture": "qwen3", "num_key_value_heads": 2},
+        {"architecture": "qwen3_moe", "num_experts": 8, "experts_per_token": 2, "moe_intermediate_size": 96},
+    ],
+    ids=["llama", "qwen3", "qwen3_moe"],
+)
+def test_activations_are_what_autograd_keeps(dtype: str, family: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from app.training.families import architecture
+
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_layers": 3, "num_heads": 4, "num_key_value_heads": 4}
+    config = train_of(sizes | {"tie_embeddings": False} | family, dtype=dtype)
+    shape = {"vocab_size": 64, "block_tokens": 128, "end_of_text_id": 0}
+    model = AutoModelForCausalLM.from_config(architecture(config, shape), dtype=getattr(torch, dtype))
+    model.config.use_cache = False
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    input_ids = torch.randint(0, 64, (4, 128))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=input_ids, labels=input_ids)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / input_ids.numel()
+    float32_logits = 4 * 64
+    assert activation_bytes_per_token(config, Shape(64, 128)) + float32_logits == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_per_parameter"),
+    [
+        ({"zero_stage": 1}, (2, 2, 12 / 8)),
+        ({"zero_stage": 2}, (2, 2 / 8, 12 / 8)),
+        ({"zero_stage": 3}, (2 / 8, 2 / 8, 12 / 8)),
+        ({"zero_stage": 0, "dtype": "float32"}, (4, 4, 8)),
+        ({"zero_stage": 3, "dtype": "float32"}, (4 / 8, 4 / 8, 12 / 8)),
+        ({"zero_stage": 3, "offload_optimizer": "cpu"}, (2 / 8, 0, 0)),
+        ({"zero_stage": 1, "offload_optimizer": "cpu"}, (2, 2, 0)),
+    ],
+    ids=str,
+)
+def test_states_by_zero_stage(settings: dict[str, Any], bytes_per_parameter: tuple[float, ...]) -> None:
+    """Rajbhandari et al. 2020, figure 1, for 8 devices: 16 bytes a parameter, divided up stage by stage."""
+    memory = memory_of(train_of(**settings), Shape(32_000, 4096), 8)
+    total = 6_738_415_616
+    assert (memory.weights, memory.gradients, memory.optimizer) == pytest.approx(
+        [total * b for b in bytes_per_parameter]
+    )
+    assert memory.host == (16 * total / 8 if "offload_optimizer" in settings else 0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "measured"),
+    [(0, (119.5, 119.5, 238.9)), (1, (119.5, 119.5, 179.2)), (2, (119.5, 68.5, 179.2)), (3, (59.8, 59.7, 179.2))],
+)
+def test_states_that_were_counted_on_two_ranks(stage: int, measured: tuple[float, ...]) -> None:
+    """MiB in benchmarks/results/training_memory.txt; at stage 2 it counted a bucket of gradients with the shard."""
+    model = {"hidden_size": 512, "intermediate_size": 1536, "num_layers": 8, "num_heads": 8, "num_key_value_heads": 4}
+    config = train_of(model | {"tie_embeddings": False}, zero_stage=stage, dtype="float32")
+    memory = memory_of(config, Shape(6000, 128), 2)
+    planned = [size / 2**20 for size in (memory.weights, memory.gradients, memory.optimizer)]
+    assert planned == pytest.approx(measured, abs=9 if stage == 2 else 0.2)
+
+
+def test_activations_by_hand() -> None:
+    """Llama-2-7B in bfloat16, a token of one layer: two norms 16 H, attention 8 H and 4 a head, SwiGLU 8 I."""
+    layer = 24 * 4096 + 4 * 32 + 8 * 11008
+    ends = 6 * 4096 + 2 * 4096
+    whole = activation_bytes_per_token(train_of(), Shape(32_000, 4096))
+    again = activation_bytes_per_token(train_of(activation_checkpointing=True), Shape(32_000, 4096))
+    assert whole == 32 * layer + ends
+    assert again == 2 * 32 * 4096 + layer + ends
+
+
+def test_the_score_matrix_counts_where_it_is_kept() -> None:
+    sdpa, eager = (
+        activation_bytes_per_token(train_of(attention=name), Shape(32_000, 4096)) for name in ("sdpa", "eager")
+    )
+    assert eager - sdpa == 32 * 32 * 4096 * 6
+
+
+def test_time_and_storage() -> None:
+    config, shape = train_of(), Shape(32_000, 4096)
+    flops = training_flops(config, shape)
+    assert flops == 6 * (6_738_415_616 - 32_000 * 4096) + 12 * 32 * 4096 * 4096
+    assert training_days(flops * 1e12, 1024, 312e12, 0.5) == pytest.approx(3.3, rel=0.02)
+    assert [checkpoint_bytes(train_of(zero_stage=stage), 1000) for stage in (1, 2, 3)] == [14_000, 14_000, 12_000]
+    assert key_value_bytes_per_token(model_of(LLAMA_2_7B)) == 512 * 1024
+    assert serving_bytes(model_of(LLAMA_2_7B), 32_000, quantized=False) == 2 * 6_738_415_616
+    assert 3.5e9 < serving_bytes(model_of(LLAMA_2_7B), 32_000, quantized=True) < 4.0e9
