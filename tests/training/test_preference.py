@@ -105,7 +105,7 @@ def test_an_adapter_without_effect_gives_the_logarithm_of_two() -> None:
             parameter.data.zero_()
     batch = {name: torch.from_numpy(array) for name, array in batch_of([(make_blocks(), 0)], 1).items()}
     judged = judge(model, batch, T, BETA)
-    assert float(judged.loss_sum) == pytest.approx(2 * math.log(2))
+    assert judged.loss_sum.item() == pytest.approx(2 * math.log(2))
     assert judged.tally.tolist() == [0.0, 0.0, 2.0]
 
 
