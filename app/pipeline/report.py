@@ -51,7 +51,10 @@ def render(rows: Sequence[Row], made: Mapping[str, Made], error: str) -> str:
     if error:
         parts.append(f"<p class=warning>The run did not end: {html.escape(error)}</p>")
     parts += [_gate(TITLES[name], one.manifest) for name, one in made.items() if GATE in one.manifest.figures]
-    lines = [(row.stage, "skipped" if row.skipped else round(row.seconds, 1), row.flow, row.key_figure) for row in rows]
+    lines = [
+        (row.stage.replace("_", " "), "skipped" if row.skipped else round(row.seconds, 1), row.flow, row.key_figure)
+        for row in rows
+    ]
     parts += ["<h2>Summary</h2>", table(("stage", "seconds", "in → out", "key figure"), lines)]
     boxes = boxes_of(one.manifest for one in made.values())
     parts += [
