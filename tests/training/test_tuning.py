@@ -207,7 +207,6 @@ def test_what_does_not_fit_together_is_refused(inputs: Path, tmp_path: Path) -> 
     for changes, said in (
         ({"document_masking": False}, "document_masking: .* holds conversations, packed together"),
         ({"tokens_uri": f"{inputs}/preferences"}, "holds preferences: they are learned by an adapter"),
-        ({"adapter": {"rank": 2, "target_modules": ["nobody"]}}, "adapter.target_modules: "),
     ):
         with pytest.raises(ValueError, match=said):
             train(inputs, tmp_path / said[:5], **changes)
