@@ -6,6 +6,7 @@ export stay ours. The initial matrices are a function of the seed. Nothing here 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,11 +84,14 @@ def save(weights: Mapping[str, torch.Tensor], config: AdapterConfig, base: str, 
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=sorted({found[1] for name in weights if (found := re.search(r"([^.]+)\.lora_", name))}),
+        target_modules=list({found[1] for name in weights if (found := re.search(r"([^.]+)\.lora_", name))}),
         base_model_name_or_path=base,
         inference_mode=True,
     )
     settings.save_pretrained(str(folder))
+    written = json.loads((folder / CONFIG).read_text())
+    written["target_modules"].sort()  # PEFT keeps a set: equal runs would write different files
+    (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True))
 
 
 def merge(model: Any) -> Any:

@@ -105,8 +105,17 @@ def test_an_adapter_without_effect_gives_the_logarithm_of_two() -> None:
             parameter.data.zero_()
     batch = {name: torch.from_numpy(array) for name, array in batch_of([(make_blocks(), 0)], 1).items()}
     judged = judge(model, batch, T, BETA)
-    assert float(judged.loss_sum) == pytest.approx(2 * math.log(2))
+    assert judged.loss_sum.item() == pytest.approx(2 * math.log(2))
     assert judged.tally.tolist() == [0.0, 0.0, 2.0]
+
+
+def test_targets_that_no_layer_has_are_refused() -> None:
+    from app.training import adapter
+    from app.training.config import AdapterConfig
+
+    _, base = make_model()
+    with pytest.raises(ValueError, match=r"adapter.target_modules: .*nobody"):
+        adapter.add(base, AdapterConfig(rank=2, target_modules=("nobody",)), seed=0)
 
 
 def test_rows_that_fill_a_batch_up_are_no_pairs() -> None:
