@@ -1,4 +1,4 @@
-"""Pretrain a Llama-family model with DeepSpeed on Ray Train workers: reads tokens and tokenizer, writes the model."""
+"""Pretrain a Llama, Qwen3 or Qwen3-MoE with DeepSpeed on Ray Train workers: reads tokens, writes the model."""
 
 from app.config import load_config
 from app.logs import job
