@@ -32,11 +32,12 @@ def judge(model: Any, inputs: Mapping[str, torch.Tensor], block_tokens: int, bet
     `inputs` are those of the feed: input_ids, labels and position_ids, [B, T] or joined to one row.
     """
     given = {name: inputs[name] for name in ("input_ids", "position_ids")}
-    was_training = model.training
-    with torch.no_grad(), adapter.switched_off(getattr(model, "module", model)):
-        model.eval()
+    module = getattr(model, "module", model)  # DeepSpeed's engine does not know in which mode its module is
+    was_training = module.training
+    with torch.no_grad(), adapter.switched_off(module):
+        module.eval()
         before = _pair_sums(model(**given).logits, inputs, block_tokens)
-    model.train(was_training)
+    module.train(was_training)
     now = _pair_sums(model(**given).logits, inputs, block_tokens)
     return compare(now, before, is_pair(inputs, block_tokens), beta)
 
