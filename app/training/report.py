@@ -218,7 +218,7 @@ def _two_axes(
         drawn = _draw(first, lines, right)
     for step, color in marks:
         first.axvline(step, color=color, linewidth=0.8, linestyle="--")
-    return _svg(figure) if drawn else ""
+    return svg(figure) if drawn else ""
 
 
 def _draw(axes: Any, lines: Sequence[Line], curves: Sequence[Curve]) -> int:
@@ -255,7 +255,7 @@ def _step_split(lines: Sequence[Line]) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("seconds")
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _filled(line: Line) -> dict[str, float]:
@@ -264,7 +264,8 @@ def _filled(line: Line) -> dict[str, float]:
     return {"step": line["step"], **parts, "other": max(0.0, line["step_seconds"] - sum(parts.values()))}
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """A matplotlib figure as SVG for an HTML page, the same bytes each time."""
     import matplotlib
 
     picture = io.StringIO()
