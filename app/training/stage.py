@@ -48,6 +48,7 @@ HOW_NOT_WHAT = {  # settings that a run may go on with when they have changed
     "min_workers", "resize_check_seconds", "micro_batch_sequences", "attention", "offload_optimizer", "nvme_dir",
     "activation_checkpointing", "compile", "checkpoint_interval_steps", "keep_checkpoints", "validation", "export",
     "evaluation_interval_steps", "correction", "alarms", "max_failures", "cache_dir", "wandb_mode",
+    "stop_at_step",
 }  # fmt: skip
 
 

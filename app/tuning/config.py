@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,12 +11,23 @@ from app.training.config import TrainConfig
 from app.tuning import space
 from app.tuning.space import Distribution, Overrides
 
+PBT_KEYS = tuple(  # what a checkpoint does not hold; the rest of the optimizer's settings comes back with its states
+    f"optimizer.{name}" for name in ("learning_rate", "schedule", "decay_ratio", "final_learning_rate_ratio")
+)
+
 
 class AshaConfig(Config):
     """Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934): trials that lag behind end early."""
 
     grace_steps: int = Field(50, ge=1, description="steps that every trial gets; the first rung")
     reduction_factor: int = Field(2, ge=2, description="the best 1/factor go on; the next rung is factor times as far")
+
+
+class PbtConfig(Config):
+    """Population based training (Jaderberg et al. 2017, arXiv:1711.09846): the worst go on from the best."""
+
+    interval_steps: int = Field(100, ge=1, description="steps of a generation")
+    share: float = Field(0.25, gt=0, le=0.5, description="of the trials: so many of the worst take over from the best")
 
 
 class TuneConfig(RunConfig):
@@ -31,8 +42,11 @@ class TuneConfig(RunConfig):
     output_uri: str = Field("sweep", description="where the report and best.yaml go")
     search: Literal["random", "grid", "optuna"] = Field("random", description="who proposes the trials")
     num_trials: int = Field(8, ge=1, description="trials, trial 0 included; a grid has as many as it has")
-    scheduler: Literal["none", "asha"] = Field("none", description="whether trials that lag behind end early")
+    scheduler: Literal["none", "asha", "pbt"] = Field(
+        "none", description="asha: trials that lag behind end early; pbt: they go on from better ones"
+    )
     asha: AshaConfig = AshaConfig()
+    pbt: PbtConfig = PbtConfig()
     metric: Literal["held_out_bits_per_byte", "replay_bits_per_byte"] = Field(
         "held_out_bits_per_byte", description="what is to be low; measured each train.evaluation_interval_steps"
     )
@@ -57,12 +71,29 @@ class TuneConfig(RunConfig):
                 f"asha.grace_steps ({self.asha.grace_steps}) must not be below train.evaluation_interval_steps "
                 f"({self.train.evaluation_interval_steps}): there is no figure before"
             )
+        if self.scheduler == "pbt":
+            self._suits_pbt()
         for number, overrides in self.planned():
             try:
                 self.train.with_overrides(overrides)
             except ValueError as error:
                 raise ValueError(f"trial {number} of the space {overrides}: {error}") from None
         return self
+
+    def _suits_pbt(self) -> None:
+        if self.search != "random" or self.num_trials < 2:
+            raise ValueError(
+                "scheduler pbt needs search random and num_trials of 2 or more: it proposes the rest itself"
+            )
+        for key in self.space:
+            if key not in PBT_KEYS:
+                raise ValueError(f"space.{key}: scheduler pbt may only change {', '.join(PBT_KEYS)} on the way")
+        interval, measured = self.pbt.interval_steps, self.train.evaluation_interval_steps
+        if interval % measured or interval >= self.train.num_steps:
+            raise ValueError(
+                f"pbt.interval_steps ({interval}) must be a multiple of train.evaluation_interval_steps ({measured}) "
+                f"and below train.num_steps ({self.train.num_steps})"
+            )
 
     def planned(self) -> list[tuple[int, Overrides]]:
         """Number and values of the trials that are known before any has run: all but Optuna's.
@@ -73,9 +104,18 @@ class TuneConfig(RunConfig):
             return [(0, {})]
         if self.search == "grid":
             return list(enumerate([{}, *space.grid(self.space)]))
-        return [
-            (number, space.sample(self.space, self.seed, number) if number else {}) for number in range(self.num_trials)
-        ]
+        start = self._start_values() if self.scheduler == "pbt" else {}  # a population passes values on
+        drawn = [space.sample(self.space, self.seed, number) for number in range(1, self.num_trials)]
+        return list(enumerate([start, *drawn]))
+
+    def _start_values(self) -> Overrides:
+        values: Overrides = {}
+        for key in self.space:
+            found: Any = self.train
+            for part in key.split("."):
+                found = getattr(found, part)
+            values[key] = found
+        return values
 
     @property
     def total_trials(self) -> int:
@@ -92,9 +132,18 @@ class TuneConfig(RunConfig):
         """The folder of a trial."""
         return f"{self.resolve(self.trials_uri)}/{number:04d}"
 
-    def trial_config(self, number: int, overrides: Overrides) -> TrainConfig:
-        """The settings of a trial's training. Raises ValueError when the values do not go together."""
-        uri = self.trial_uri(number)
+    def generation_uri(self, number: int, generation: int) -> str:
+        """The folder of what a trial does in one generation of a population."""
+        return f"{self.trial_uri(number)}/generation-{generation:03d}"
+
+    @property
+    def generation_ends(self) -> list[int]:
+        """The steps after which the generations of a population end."""
+        inner = range(self.pbt.interval_steps, self.train.num_steps, self.pbt.interval_steps)
+        return [*inner, self.train.num_steps]
+
+    def trial_config(self, uri: str, overrides: Overrides) -> TrainConfig:
+        """The settings of a training in a trial's folder. Raises ValueError when the values do not go together."""
         places = {"checkpoints_uri": f"{uri}/checkpoints", "output_uri": f"{uri}/model", "overwrite": False}
         return self.train.with_overrides(overrides | {"storage_uri": self.storage_uri, **places})
 
@@ -106,8 +155,17 @@ class TuneConfig(RunConfig):
         how = self.search if self.scheduler == "none" else f"{self.search}, {self.scheduler}"
         return [
             f"{self.total_trials} trials ({how}) over {', '.join(self.space)}; trial 0 is train as it stands",
+            *self._generations_plan(),
             f"{at_once} at once on {workers} workers each: {at_once * workers} GPUs, or CPUs where there is no GPU",
             *(f"trial {number}: {overrides}" for number, overrides in self.planned() if overrides),
             f"resume the trials in {self.resolve(self.trials_uri)}, if any",
             *states(self),
+        ]
+
+    def _generations_plan(self) -> list[str]:
+        if self.scheduler != "pbt":
+            return []
+        ends = ", ".join(map(str, self.generation_ends))
+        return [
+            f"{len(self.generation_ends)} generations, to steps {ends}; a copy of each trial's checkpoint between them"
         ]

@@ -24,7 +24,8 @@ def figures(trials: Sequence[Trial], best: Trial) -> dict[str, Any]:
         found[name.replace(" ", "_")] = sum(outcome == name for outcome in outcomes)
     found["retries"] = sum(len(trial.failures) - (trial.outcome == "failed") for trial in trials)
     found["steps"] = sum(trial.last_step for trial in trials)
-    start = next((trial for trial in trials if trial.number == 0 and trial.outcome == "finished"), None)
+    is_start = (trial for trial in trials if trial.number == 0 and not trial.values and trial.outcome == "finished")
+    start = next(is_start, None)  # in a population, trial 0 does not stay what it was
     if start and start.score and best.score is not None:
         found["start_score"] = _rounded(start.score)
         found["gain_percent"] = round(100 * (1 - best.score / start.score), 2)
@@ -64,7 +65,7 @@ def render(shown: Mapping[str, Any]) -> str:
     parts = [f"<h1>Sweep</h1>{table(('figure', 'value'), list(numbers.items()))}"]
     parts.append(
         f"<p class=note>Scores are {metric}, low is good: of the model that a finished trial made, else the last "
-        "measured. Trial 0 is the config that the sweep started from. steps are those of all trials.</p>"
+        "measured. Trial 0 starts from the config as it stands. steps are those of all trials.</p>"
     )
     parts.append(f"<h2>Trials</h2><div>{_curves(trials, best, metric)}</div>")
     legend = "Orange: the best. Blue: trial 0. A red cross: where a trial ended early or failed."

@@ -20,7 +20,16 @@ from app.training.config import TrainConfig
 
 Value = bool | int | float | str
 Overrides = dict[str, Value]
-SET_BY_SWEEP = {"storage_uri", "overwrite", "checkpoints_uri", "output_uri", "num_workers", "min_workers", "validation"}
+SET_BY_SWEEP = {
+    "storage_uri",
+    "overwrite",
+    "checkpoints_uri",
+    "output_uri",
+    "num_workers",
+    "min_workers",
+    "validation",
+    "stop_at_step",
+}
 
 
 class Distribution(Config):

@@ -24,16 +24,19 @@ from app.config import to_yaml
 from app.training import checkpoint, signals
 from app.training import stage as training
 from app.training.config import TrainConfig
+from app.training.fork import copy_run
 from app.tuning import report
 from app.tuning.config import TuneConfig
-from app.tuning.trial import Trial, choose_best, new_scores
+from app.tuning.population import Member, evolve
+from app.tuning.space import Overrides
+from app.tuning.trial import Trial, choose_best, join, new_scores
 
 logger = logging.getLogger(__name__)
 
 RECORD = "sweep.json"  # settings and data of the sweep that a folder holds
 BEST = "best.yaml"
 LOOK_SECONDS = 0.5
-TRIAL_BYTES = 300 << 20  # of the process that watches a trial
+TRIAL_RESOURCES = {"memory": 1 << 20}  # Tune wants one; no CPU, for those are the workers', whom the trial waits for
 _HOW_NOT_WHAT = {  # settings that a sweep may go on with when they have changed
     "storage_uri", "overwrite", "trials_uri", "output_uri", "num_trials", "max_concurrent_trials",
     "max_trial_failures", "keep_trials",
@@ -47,7 +50,7 @@ def run(config: TuneConfig) -> Manifest:
     no trial finished.
     """
     uri = config.resolve(config.output_uri)
-    train = config.trial_config(0, {})
+    train = config.trial_config(config.trial_uri(0), {})
     draft = Manifest.draft("report", uri, config, training.read_inputs(train))
     if done := find_complete(draft, config.overwrite):
         return done
@@ -56,8 +59,8 @@ def run(config: TuneConfig) -> Manifest:
         raise ValueError(f"train.tokens_uri: {train.tokens_uri} has no held-out blocks to compare trials by")
     _open_sweep(config, draft)
     cluster.connect()
-    _tune(config, _num_at_once(config))
-    trials = [trial for number in range(config.total_trials) if (trial := Trial.open(config.trial_uri(number), number))]
+    num_at_once = _num_at_once(config)
+    trials = (_run_population if config.scheduler == "pbt" else _run_trials)(config, num_at_once)
     best = choose_best(trials)
     _write(config, uri, trials, best)
     manifest = publish(draft, report.figures(trials, best))
@@ -84,7 +87,8 @@ def _open_sweep(config: TuneConfig, draft: Manifest) -> None:
 
     Raises ValueError naming what differs, unless overwrite is set: then the old sweep is deleted.
     """
-    settings = {name: value for name, value in draft.config.items() if name not in _HOW_NOT_WHAT}
+    how = _HOW_NOT_WHAT - ({"num_trials"} if config.scheduler == "pbt" else set())  # all of a population compete
+    settings = {name: value for name, value in draft.config.items() if name not in how}
     train = settings.pop("train")
     settings |= {f"train.{name}": value for name, value in train.items() if name not in training.HOW_NOT_WHAT}
     now = {"settings": training.flatten(settings), "data": {name: one.digest for name, one in draft.inputs.items()}}
@@ -121,23 +125,66 @@ def _num_at_once(config: TuneConfig) -> int:
     return fitting
 
 
-def _tune(config: TuneConfig, num_at_once: int) -> None:
+def _run_trials(config: TuneConfig, num_at_once: int) -> list[Trial]:
+    """All trials, each from its first step to its end."""
+    jobs = {number: _job(config, config.trial_uri(number), number, values) for number, values in config.planned()}
+    _tune(config, _Proposals(config, jobs), num_at_once)
+    opened = (Trial.open(config.trial_uri(number), number) for number in range(config.total_trials))
+    return [trial for trial in opened if trial]
+
+
+def _run_population(config: TuneConfig, num_at_once: int) -> list[Trial]:
+    """Generation after generation; the trials with what their places in the population did, one after the other."""
+    members = [Member(number, 0, number, values) for number, values in config.planned()]
+    done: dict[int, list[Trial]] = {member.number: [] for member in members}
+    begin, ends = 0, config.generation_ends
+    for generation, end in enumerate(ends):
+        jobs = {member.number: _member_job(config, member, begin, end) for member in members}
+        trials = [Trial.begin(job["uri"], number, job["values"]) for number, job in jobs.items()]
+        has_heirs = any(Trial.open(config.generation_uri(number, generation + 1), number) for number in jobs)
+        if not has_heirs and any(trial.outcome != "finished" for trial in trials):
+            logger.info("generation %d of %d: to step %d", generation + 1, len(ends), end)
+            _tune(config, _Proposals(config, jobs), num_at_once)
+            trials = [Trial.begin(trial.uri, trial.number, trial.values) for trial in trials]
+        for trial in trials:
+            done[trial.number].append(trial)
+        if end < config.train.num_steps:
+            scores = {one.number: one.score for one in trials if one.outcome == "finished" and one.score is not None}
+            members = evolve(members, scores, config.space, config.seed, config.pbt.share)
+            begin = end
+    return [join(parts) for parts in done.values()]
+
+
+def _member_job(config: TuneConfig, member: Member, begin: int, end: int) -> dict[str, Any]:
+    job = _job(config, config.generation_uri(member.number, member.generation), member.number, member.values)
+    if member.generation:
+        job["from_uri"] = config.generation_uri(member.parent, member.generation - 1)
+    return job | {"from_step": begin, "stop_at_step": end if end < config.train.num_steps else 0}
+
+
+def _job(config: TuneConfig, uri: str, number: int, values: Overrides) -> dict[str, Any]:
+    return {
+        "config": config.model_dump(mode="json"), "uri": uri, "number": number, "values": values,
+        "from_uri": "", "from_step": 0, "stop_at_step": 0,
+    }  # fmt: skip
+
+
+def _tune(config: TuneConfig, proposals: _Proposals, num_at_once: int) -> None:
     folder = f"{config.resolve(config.trials_uri)}/tune"  # Tune's own record; nothing of ours is in it
     storage.delete(folder)
-    settings = tune.TuneConfig(
-        search_alg=_Proposals(config),
-        scheduler=_scheduler(config),
-        num_samples=config.total_trials,
-        max_concurrent_trials=num_at_once,
-    )
     tuner = tune.Tuner(
-        tune.with_resources(_run_trial, {"memory": TRIAL_BYTES}),  # no CPU: it waits for its workers, which take them
-        tune_config=settings,
+        tune.with_resources(_run_trial, TRIAL_RESOURCES),
+        tune_config=tune.TuneConfig(
+            search_alg=proposals,
+            scheduler=_Asha(config) if config.scheduler == "asha" else FIFOScheduler(),
+            num_samples=proposals.total,
+            max_concurrent_trials=num_at_once,
+        ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=config.resolve(config.trials_uri),
             failure_config=tune.FailureConfig(max_failures=config.max_trial_failures),
-            callbacks=[_Watch(config)],
+            callbacks=[_Watch()],
             verbose=0,
         ),
     )
@@ -148,18 +195,21 @@ def _run_trial(job: dict[str, Any]) -> None:
     """What Tune runs for a trial: repeats the reports that are there, then trains on and reports what is new."""
     logs.configure()
     config = TuneConfig.model_validate(job["config"])
-    trial = Trial.begin(config.trial_uri(job["number"]), job["number"], job["values"])
+    trial = Trial.begin(job["uri"], job["number"], job["values"])
     for known in trial.reports:
         tune.report(known)
     if trial.outcome == "finished" or trial.was_ended():
         return
-    train = config.trial_config(trial.number, trial.values)
-    run_uri = train.resolve(train.checkpoints_uri)
+    train = config.trial_config(trial.uri, trial.values).with_overrides({"stop_at_step": job["stop_at_step"]})
+    run_uri, end = train.resolve(train.checkpoints_uri), train.stop_at_step or train.num_steps
+    if job["from_uri"] and not storage.exists(f"{run_uri}/{training.RECORD}"):
+        storage.delete(run_uri)  # a copy that was cut off
+        copy_run(f"{job['from_uri']}/checkpoints", run_uri)
     working = _Training(train)
     while working.thread.is_alive():
         working.thread.join(LOOK_SECONDS)
-        for step, measured in new_scores(run_uri, config.metric, trial.last_step):
-            if step < train.num_steps:  # the last one, when the model is there
+        for step, measured in new_scores(run_uri, config.metric, trial.last_step or job["from_step"]):
+            if step < end:  # the last one, when the training has ended
                 tune.report(trial.report(step, measured))
             if trial.was_ended():
                 signals.ask_to_stop(run_uri)
@@ -167,18 +217,17 @@ def _run_trial(job: dict[str, Any]) -> None:
                 return
     if working.error:
         raise working.error
-    assert working.manifest
     scores = checkpoint.read_scores(run_uri)
-    measured = scores[max(scores)][config.metric]
-    exported = scores.get(int(str(working.manifest.figures["exported_step"])), {})
-    tune.report(trial.finish(train.num_steps, measured, exported.get(config.metric, measured)))
+    measured = scores[end][config.metric]
+    exported = scores.get(working.exported_step, {})
+    tune.report(trial.finish(end, measured, exported.get(config.metric, measured)))
 
 
 class _Training:
     """A training run in a thread."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.manifest: Manifest | None = None
+        self.exported_step = -1  # none: it stopped on the way
         self.error: BaseException | None = None
         self._config = config
         self.thread = threading.Thread(target=self._run, name="training", daemon=True)
@@ -186,30 +235,36 @@ class _Training:
 
     def _run(self) -> None:
         try:
-            self.manifest = training.run(self._config)
-        except BaseException as error:  # also SystemExit; the trial looks at it when the thread has ended
+            self.exported_step = int(str(training.run(self._config).figures["exported_step"]))
+        except SystemExit:  # it left after a checkpoint, as it was told to
+            return
+        except Exception as error:  # the trial raises it when the thread has ended
             self.error = error
 
 
 class _Proposals(Searcher):  # type: ignore[misc]
-    """The values of each trial by its number: drawn before, or asked of Optuna when it is the trial's turn."""
+    """The job of each trial by its number: known before, or with values that Optuna proposes when it is its turn."""
 
-    def __init__(self, config: TuneConfig) -> None:
+    def __init__(self, config: TuneConfig, jobs: dict[int, dict[str, Any]]) -> None:
         super().__init__(metric="score", mode="min")
+        self.total = config.total_trials
         self._config = config
-        self._planned = dict(config.planned())
+        self._jobs = jobs
         self._numbers: dict[str, int] = {}  # by Tune's name of the trial
         self._optuna: Any = _optuna(config) if config.search == "optuna" else None
 
     def suggest(self, trial_id: str) -> Any:
         """The job of the next trial."""
         number = len(self._numbers)
-        if number == self._config.total_trials:
+        if number == self.total:
             return Searcher.FINISHED
         self._numbers[trial_id] = number
-        values = self._optuna.suggest(trial_id) if self._knows(trial_id) else self._planned[number]
-        Trial.begin(self._config.trial_uri(number), number, values)
-        return {"config": self._config.model_dump(mode="json"), "number": number, "values": values}
+        if self._knows(trial_id):
+            values = self._optuna.suggest(trial_id)
+            self._jobs[number] = _job(self._config, self._config.trial_uri(number), number, values)
+        job = self._jobs[number]
+        Trial.begin(job["uri"], number, job["values"])
+        return job
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Tell Optuna what was measured."""
@@ -268,34 +323,26 @@ class _Asha(ASHAScheduler):  # type: ignore[misc]
             grace_period=min(config.asha.grace_steps, config.last_step),
             reduction_factor=config.asha.reduction_factor,
         )
-        self._config = config
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Mark the trial when it is to end."""
         decision = super().on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP and not result.get("finished"):
-            number = trial.config["number"]
-            Trial(self._config.trial_uri(number), number, {}).end_early()
+            _open(trial).end_early()
         return str(TrialScheduler.CONTINUE)
 
 
-def _scheduler(config: TuneConfig) -> Any:
-    return _Asha(config) if config.scheduler == "asha" else FIFOScheduler()
+def _open(trial: Any) -> Trial:
+    """Our trial of Tune's."""
+    return Trial.begin(trial.config["uri"], trial.config["number"], trial.config["values"])
 
 
 class _Watch(tune.Callback):  # type: ignore[misc]
     """Says how trials end, and notes failures in their folders."""
 
-    def __init__(self, config: TuneConfig) -> None:
-        self._config = config
-
-    def _open(self, trial: Any) -> Trial:
-        number = trial.config["number"]
-        return Trial.begin(self._config.trial_uri(number), number, trial.config["values"])
-
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It finished or was ended early."""
-        ended = self._open(trial)
+        ended = _open(trial)
         logger.info("trial %d %s: %s %s", ended.number, ended.outcome, ended.score, ended.values)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -309,6 +356,6 @@ class _Watch(tune.Callback):  # type: ignore[misc]
     def _note(self, trial: Any, what: str) -> None:
         error = trial.get_pickled_error()
         said = str(logs.user_error(error) or error).strip().splitlines() or [type(error).__name__]
-        failed = self._open(trial)
+        failed = _open(trial)
         failed.fail(said[0])
         logger.warning("trial %d failed, %s: %s", failed.number, what, said[0])

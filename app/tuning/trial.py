@@ -16,7 +16,7 @@ from app import storage
 from app.training import checkpoint
 from app.tuning.space import Overrides
 
-Outcome = Literal["finished", "ended early", "failed", "not begun"]
+Outcome = Literal["finished", "ended early", "failed", "unfinished"]
 Report = dict[str, Any]  # step, measured, score and, when it is the last of a finished trial, finished
 
 
@@ -30,6 +30,7 @@ class Trial:
     reports: list[Report] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     is_ended: bool = False
+    earlier: list[str] = field(default_factory=list)  # folders of its generations before, in a population
 
     @classmethod
     def open(cls, uri: str, number: int) -> Self | None:
@@ -96,12 +97,13 @@ class Trial:
             return "finished"
         if self.is_ended:
             return "ended early"
-        return "failed" if self.failures else "not begun"
+        return "failed" if self.failures else "unfinished"
 
     def drop_weights(self) -> None:
         """Delete checkpoints and model; what it reported stays."""
-        for name in ("checkpoints", "model"):
-            storage.delete(f"{self.uri}/{name}")
+        for uri in [self.uri, *self.earlier]:
+            for name in ("checkpoints", "model"):
+                storage.delete(f"{uri}/{name}")
 
 
 def new_scores(run_uri: str, metric: str, after_step: int) -> list[tuple[int, float]]:
@@ -118,6 +120,16 @@ def choose_best(trials: Sequence[Trial]) -> Trial:
         counts = ", ".join(f"{trial.number}: {trial.outcome}" for trial in trials)
         raise ValueError(f"no trial finished ({counts}); the first error: {said}")
     return min(finished, key=lambda trial: (trial.score, trial.number))
+
+
+def join(parts: Sequence[Trial]) -> Trial:
+    """What a place in a population did in its generations, as one trial that stands as the last of them."""
+    last = parts[-1]
+    reports = [report for part in parts for report in part.reports]
+    failures = [failure for part in parts for failure in part.failures]
+    if last.outcome != "finished":
+        reports = [{name: value for name, value in report.items() if name != "finished"} for report in reports]
+    return Trial(last.uri, last.number, last.values, reports, failures, earlier=[part.uri for part in parts[:-1]])
 
 
 def _read(uri: str, missing: Any) -> Any:

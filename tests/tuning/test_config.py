@@ -16,11 +16,11 @@ def test_trial_0_is_the_config_as_it_stands() -> None:
     planned = config(num_trials=3).planned()
     assert [number for number, _ in planned] == [0, 1, 2]
     assert planned[0][1] == {}
-    assert config().trial_config(0, {}).optimizer == config().train.optimizer
+    assert config().trial_config("/runs/trials/0000", {}).optimizer == config().train.optimizer
 
 
 def test_a_trial_trains_in_its_own_folder() -> None:
-    train = config(train={"num_steps": 7}).trial_config(3, {"optimizer.learning_rate": 0.25})
+    train = config(train={"num_steps": 7}).trial_config("/runs/trials/0003", {"optimizer.learning_rate": 0.25})
     assert (train.num_steps, train.optimizer.learning_rate) == (7, 0.25)
     assert train.resolve(train.checkpoints_uri) == "/runs/trials/0003/checkpoints"
     assert train.resolve(train.output_uri) == "/runs/trials/0003/model"
@@ -53,12 +53,22 @@ def test_asha_knows_the_longest_trial() -> None:
         ({"train": {"validation": "async"}}, r"train\.validation must be inline"),
         ({"metric": "replay_bits_per_byte"}, r"needs train\.replay\.tokens_uri"),
         ({"scheduler": "asha", "asha": {"grace_steps": 10}}, r"asha\.grace_steps \(10\) must not be below .* \(50\)"),
+        ({"scheduler": "pbt", "search": "optuna"}, "scheduler pbt needs search random"),
+        ({"scheduler": "pbt", "space": {"seed": {"choice": [1]}}}, r"space\.seed: scheduler pbt may only change"),
+        ({"scheduler": "pbt", "pbt": {"interval_steps": 70}}, r"pbt\.interval_steps \(70\) must be a multiple"),
         ({"train": {"num_stps": 4}}, r"train\.num_stps: unknown key; did you mean train\.num_steps\?"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused_before_it_starts(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         config(**changes)
+
+
+def test_a_population_begins_with_the_config_and_ends_with_its_steps() -> None:
+    population = config(scheduler="pbt", num_trials=2, train={"num_steps": 250})
+    assert population.planned()[0] == (0, {"optimizer.learning_rate": 1e-3})
+    assert population.generation_ends == [100, 200, 250]
+    assert "3 generations, to steps 100, 200, 250" in "\n".join(population.plan())
 
 
 def test_the_plan_tells_workers_and_trials() -> None:

@@ -19,11 +19,12 @@ from app.training import checkpoint, journal
 from app.training.config import TrainConfig
 from app.tuning import stage
 from app.tuning.config import TuneConfig
+from app.tuning.trial import Trial
 from tests.training.tiny import write_inputs
 from tests.tuning.sweeps import finish, settings, start, trial_of, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-ASHA = {"scheduler": "asha", "asha": {"grace_steps": 10}, "num_trials": 8}
+ASHA = {"scheduler": "asha", "asha": {"grace_steps": 10}, "num_trials": 8, "keep_trials": "all"}
 
 
 def sweep(inputs: Path, root: Path, **changes: Any) -> TuneConfig:
@@ -54,7 +55,7 @@ def test_a_sweep_killed_half_way_ends_as_the_undisturbed_one(cluster: LocalClust
         """In the fourth trial or later, in one that has a checkpoint and measured something, and has not ended."""
         running = [trial for number in range(3, 8) if (trial := trial_of(killed, number))]
         return any(
-            trial.outcome == "not begun" and trial.reports and checkpoint.find_complete(f"{trial.uri}/checkpoints")
+            trial.outcome == "unfinished" and trial.reports and checkpoint.find_complete(f"{trial.uri}/checkpoints")
             for trial in running
         )
 
@@ -63,14 +64,14 @@ def test_a_sweep_killed_half_way_ends_as_the_undisturbed_one(cluster: LocalClust
     job.wait()
     before = [trial for number in range(8) if (trial := trial_of(killed, number))]
     assert 4 <= len(before) < 8
-    (cut,) = [trial for trial in before if trial.outcome == "not begun"]
+    (cut,) = [trial for trial in before if trial.outcome == "unfinished"]
     finish(start(killed, cluster, settings(tmp_path, killed, **ASHA)))
 
     manifest = stage.run(sweep(tmp_path, calm, **ASHA))
     assert facts(killed) == facts(calm)
     assert best(killed) == best(calm)
     attempts = {one.number: len(journal.read_events(f"{one.uri}/checkpoints", "started")) for one in before}
-    assert all(attempts[one.number] <= 1 for one in before if one is not cut)  # what was over was not run again
+    assert attempts == {one.number: 2 if one is cut else 1 for one in before}  # what was over was not run again
 
     figures: Any = manifest.figures
     assert figures["trials"] == 8
@@ -85,7 +86,6 @@ def test_a_sweep_killed_half_way_ends_as_the_undisturbed_one(cluster: LocalClust
     model = read_manifest(f"{calm}/trials/{number:04d}/model", "model")
     assert model.figures["held_out_bits_per_byte"] == figures["best_score"]
     assert model.config["optimizer"] == winner.optimizer.model_dump()
-    assert not [one for one in (calm / "trials").glob("*/model") if one.parent.name != f"{number:04d}"]
     assert not [group for group in list_placement_groups() if group.state == "CREATED"]  # every trial gave back its own
 
 
@@ -115,11 +115,44 @@ def test_a_sweep_that_cannot_run_says_so(cluster: LocalCluster, tmp_path: Path) 
         stage.run(sweep(tmp_path, tmp_path))
 
 
+def test_a_population_passes_weights_and_values_on(cluster: LocalCluster, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    space = {"optimizer.learning_rate": {"log_uniform": [1e-5, 5e-2]}}
+    changes: dict[str, Any] = {"scheduler": "pbt", "pbt": {"interval_steps": 20}, "num_trials": 3, "space": space}
+    config = sweep(tmp_path, tmp_path, **changes, max_concurrent_trials=3, keep_trials="all", seed=1)
+    figures: Any = stage.run(config).figures
+    assert (figures["finished"], figures["failed"]) == (3, 0)
+
+    def run_of(number: int, generation: int) -> str:
+        return f"{config.generation_uri(number, generation)}/checkpoints"
+
+    first = {one: Trial.open(config.generation_uri(one, 0), one) for one in range(3)}
+    scores = {one: trial.score for one, trial in first.items() if trial and trial.score is not None}
+    best, worst = min(scores, key=lambda one: scores[one]), max(scores, key=lambda one: scores[one])
+    for number in range(3):
+        own, parent = journal.read_log(run_of(number, 1)), best if number == worst else number
+        before = journal.read_log(run_of(parent, 0))
+        assert [line["loss"] for line in own[:20]] == [line["loss"] for line in before]
+        assert len(own) == 40
+        (step,) = [event["step"] for event in journal.read_events(run_of(number, 1), "started") if event["step"]]
+        assert step == 20
+    heir = Trial.open(config.generation_uri(worst, 1), worst)
+    assert heir
+    assert heir.values != config.planned()[best][1]
+    assert json.loads((tmp_path / "sweep" / "report.json").read_text())["trials"][worst]["values"] == heir.values
+
+    (tmp_path / "sweep" / "manifest.json").unlink()  # as if it was killed at the very end
+    assert stage.run(config).figures == figures
+    assert len(journal.read_events(run_of(worst, 1), "started")) == 2  # one of the copy, one of its own
+
+
 def test_optuna_proposes_in_range_and_all_at_once_end(cluster: LocalCluster, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     changes = {"search": "optuna", "num_trials": 4, "max_concurrent_trials": 4}
     figures: Any = stage.run(sweep(tmp_path, tmp_path, **changes)).figures
     assert figures["finished"] == 4
+    winner = tmp_path / "trials" / f"{figures['best_trial']:04d}"
+    assert list((tmp_path / "trials").glob("*/model")) == [winner / "model"]  # keep_trials: best
     rates = [trial.values["optimizer.learning_rate"] for number in (1, 2, 3) if (trial := trial_of(tmp_path, number))]
     assert len(set(rates)) == 3
     assert all(1e-5 <= float(rate) <= 5e-2 for rate in rates)

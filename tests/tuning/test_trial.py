@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 
 from app.training.checkpoint import write_scores
-from app.tuning.trial import Trial, choose_best, new_scores
+from app.tuning.trial import Trial, choose_best, join, new_scores
 
 
 def test_a_trial_is_read_as_it_was_written(tmp_path: Path) -> None:
     uri = str(tmp_path / "0001")
     assert Trial.open(uri, 1) is None
     trial = Trial.begin(uri, 1, {"optimizer.learning_rate": 0.1 + 0.2})
-    assert trial.outcome == "not begun"
+    assert trial.outcome == "unfinished"
     trial.report(10, 2.5)
     trial.fail("a worker died")
     assert Trial.open(uri, 1) == trial
@@ -59,3 +59,19 @@ def test_when_none_finished_the_error_is_told(tmp_path: Path) -> None:
         ValueError, match=r"no trial finished \(0: failed\); the first error: the loss is NaN at step 3"
     ):
         choose_best([failed])
+
+
+def test_generations_are_shown_as_one_trial(tmp_path: Path) -> None:
+    parts = [Trial.begin(str(tmp_path / str(generation)), 3, {"x": generation}) for generation in range(2)]
+    parts[0].finish(10, 3.0, 3.0)
+    parts[1].fail("a worker died")
+    failed = join(parts)
+    assert (failed.outcome, failed.last_step) == ("failed", 10)
+    parts[1].finish(20, 2.0, 2.0)
+    joined = join(parts)
+    assert (joined.number, joined.values, joined.outcome, joined.score) == (3, {"x": 1}, "finished", 2.0)
+    assert [report["step"] for report in joined.reports] == [10, 20]
+    for generation in range(2):
+        (tmp_path / str(generation) / "checkpoints").mkdir()
+    joined.drop_weights()
+    assert not list(tmp_path.glob("*/checkpoints"))
