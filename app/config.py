@@ -156,16 +156,16 @@ def _explain(config_type: type[Config], detail: Any) -> str:
     path = [str(part) for part in detail["loc"]]
     message = f"{'.'.join(path) or 'config'}: {detail['msg'].removeprefix('Value error, ')}"
     if detail["type"] == "extra_forbidden":
-        parent: type[Config] | None = config_type
+        parent = config_type
         for part in path[:-1]:
-            parent = _sections(parent).get(part) if parent else None
-        known = list(parent.model_fields) if parent else []
+            parent = _sections(parent).get(part, parent)  # a mapping's own keys are no sections
+        known = list(parent.model_fields)
         nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
         nearest_key = ".".join([*path[:-1], *nearest])
         message = f"{'.'.join(path)}: unknown key; " + (
             f"did you mean {nearest_key}?" if nearest else f"known keys: {', '.join(known)}"
         )
-    elif detail["type"] != "missing":
+    elif detail["type"] != "missing" and not isinstance(detail["input"], dict):
         message += f" (got {detail['input']!r})"
     return message
 

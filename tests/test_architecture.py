@@ -11,8 +11,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "app").rglob("*.py"))
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-STAGES = {"corpus", "augmentation", "tokens", "conversations", "training", "evaluation", "quantization", "serving"}
-MAY_READ = {"pipeline": STAGES, "planning": {"training"}}  # a package -> stage packages that it may import
+STAGES = {
+    "corpus",
+    "augmentation",
+    "tokens",
+    "conversations",
+    "training",
+    "evaluation",
+    "quantization",
+    "serving",
+    "tuning",
+}
+MAY_READ = {
+    "pipeline": STAGES,
+    "planning": {"training"},
+    "tuning": {"training"},
+}  # a package -> stage packages that it may import
 FOUNDATION = {
     "config",
     "devices",

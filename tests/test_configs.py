@@ -18,6 +18,7 @@ from app.quantization.config import QuantizeConfig
 from app.serving.config import AskConfig, DeployConfig, ServeConfig
 from app.tokens.config import PackConfig, TokenizerConfig
 from app.training.config import TrainConfig
+from app.tuning.config import TuneConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS: dict[str, type[Config]] = {
@@ -29,6 +30,7 @@ CONFIGS: dict[str, type[Config]] = {
     "check_conversations": CheckConversationsConfig,
     "pack_conversations": PackConversationsConfig,
     "train_model": TrainConfig,
+    "tune_model": TuneConfig,
     "evaluate_model": EvaluateConfig,
     "quantize_model": QuantizeConfig,
     "deploy_model": DeployConfig,

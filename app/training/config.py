@@ -133,6 +133,7 @@ class TrainConfig(RunConfig):
     preference: PreferenceConfig = PreferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     num_steps: int = Field(300, ge=1, description="optimizer steps")
+    stop_at_step: int = Field(0, ge=0, description="leave here after a checkpoint, to go on later; 0: at the end only")
     global_batch_sequences: int = Field(32, ge=1, description="token blocks in one optimizer step, over all workers")
     micro_batch_sequences: int = Field(8, ge=1, description="token blocks in one forward pass of one worker")
     num_workers: int = Field(2, ge=1, description="Ray Train workers: one GPU each, or one CPU where there is no GPU")

@@ -41,7 +41,8 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
     feed = worker.open_feed(worker.step)
     reported = worker.step
     meter = StepMeter(worker.use_gpu, worker.clock)
-    while worker.step < config.num_steps:
+    last = min(config.num_steps, config.stop_at_step or config.num_steps)
+    while worker.step < last:
         step = worker.step
         seed_everything(config.seed, step, worker.rank)
         rate = learning_rate(step, config.num_steps, config.optimizer)
@@ -109,4 +110,4 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
             return worker.stop()
 
     feed.close()
-    return worker.finish(reported)
+    return worker.finish(reported) if last == config.num_steps else worker.stop()

@@ -50,11 +50,12 @@ CPU_ENVIRONMENT = {
 RECORD = "run.json"  # settings and data of the run that a folder holds
 RAY_RECORD = "checkpoint_manager_snapshot.json"
 STOPPED = 143  # exit code after SIGTERM
-_HOW_NOT_WHAT = {  # settings that a run may go on with when they have changed
+HOW_NOT_WHAT = {  # settings that a run may go on with when they have changed
     "storage_uri", "overwrite", "tokens_uri", "tokenizer_uri", "checkpoints_uri", "output_uri", "num_workers",
     "min_workers", "resize_check_seconds", "micro_batch_sequences", "attention", "offload_optimizer", "nvme_dir",
     "activation_checkpointing", "compile", "checkpoint_interval_steps", "keep_checkpoints", "validation", "export",
     "evaluation_interval_steps", "correction", "alarms", "max_failures", "cache_dir", "wandb_mode",
+    "stop_at_step",
 }  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def run(config: TrainConfig) -> Manifest:
     mistake; SystemExit after a checkpoint when the job is told to end (SIGTERM).
     """
     uri = config.resolve(config.output_uri)
-    draft = Manifest.draft(config.kind, uri, config, _inputs(config))
+    draft = Manifest.draft(config.kind, uri, config, read_inputs(config))
     if done := find_complete(draft, config.overwrite):
         return done
     cluster.connect()
@@ -100,7 +101,8 @@ def _devices(use_gpu: bool) -> parallel.Devices:
     return parallel.Devices(kind, int(ray.cluster_resources().get(kind.upper(), 0)))
 
 
-def _inputs(config: TrainConfig) -> dict[str, Input]:
+def read_inputs(config: TrainConfig) -> dict[str, Input]:
+    """What a run learns from, by name. Raises ValueError when it is missing or does not fit together."""
     tokenizer = folder_input(config.resolve(config.tokenizer_uri), ("tokenizer", "model"), "tokenizer.json")
     inputs = {"tokenizer": tokenizer}
     for name, tokens in zip(("tokens", "replay"), read_tokens(config), strict=False):
@@ -130,7 +132,7 @@ def open_run(run_uri: str, draft: Manifest, overwrite: bool) -> str:
 
     Raises ValueError naming what differs, unless overwrite is set: then the old run is deleted.
     """
-    settings = _flatten({name: value for name, value in draft.config.items() if name not in _HOW_NOT_WHAT})
+    settings = flatten({name: value for name, value in draft.config.items() if name not in HOW_NOT_WHAT})
     settings.pop("adapter.merge", None)
     data = {name: given.digest for name, given in draft.inputs.items()}
     record: dict[str, Any] = {"settings": settings, "data": data}
@@ -163,11 +165,12 @@ def _difference(run_uri: str, found: dict[str, Any], record: dict[str, Any]) -> 
     return "\n".join(lines)
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         key = f"{prefix}{name}"
-        flat |= _flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
+        flat |= flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return flat
 
 
@@ -260,7 +263,8 @@ def _finish(config: TrainConfig, run_uri: str) -> dict[str, Any]:
     log, scores = journal.read_log(run_uri), checkpoint.read_scores(run_uri)
     plan = open_plan(config)
     checked = ledger.check(log, plan, journal.read_rewinds(run_uri))
-    step = ray.get(ray.remote(_export).remote(config, run_uri, checkpoint.best_step(scores)))
+    task = ray.remote(_export).options(scheduling_strategy="DEFAULT")  # under Tune, else in the room of the trial alone
+    step = ray.get(task.remote(config, run_uri, checkpoint.best_step(scores)))
     spent = goodput.summarize(journal.read_events(run_uri), log)
     tokens = read_manifest(config.resolve(config.tokens_uri), "tokens")
     figures = summarize(log, config, tokens.config["block_tokens"]) | checked
