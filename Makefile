@@ -14,7 +14,7 @@ TESTS ?=
 setup: .venv/ready
 
 # The CPU build of torch is on PyTorch's own index only. Where pip finds none, PyPI's CUDA build serves as well (3 GB more).
-.venv/ready: $(LOCK) requirements/quantization.lock pyproject.toml
+.venv/ready: $(LOCK) requirements/quantization.lock requirements/autoawq.lock pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 	  || { echo "error: Python 3.11 is needed; make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -24,8 +24,10 @@ setup: .venv/ready
 	    echo "No CPU build of torch $(TORCH) in your package index: installing the CUDA build, which runs on the CPU too."; \
 	    $(BIN)/python -m pip install -qq -c requirements/gpu.lock torch==$(TORCH); }; fi
 	@$(PIP) -r $(LOCK)
-	@echo "Installing llm-compressor beside them: it needs another compressed-tensors than vLLM …"
-	@rm -rf .venv/overlays && $(PIP) --target .venv/overlays/quantization -r requirements/quantization.lock
+	@echo "Installing llm-compressor beside them, which needs another compressed-tensors than vLLM, and AutoAWQ …"
+	@rm -rf .venv/overlays
+	@for name in quantization autoawq; do \
+	  $(PIP) --no-build-isolation --target .venv/overlays/$$name -r requirements/$$name.lock || exit 1; done
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
@@ -39,7 +41,7 @@ demo: setup
 	@source .cluster/env && printf '%s\n' \
 	  "Ray dashboard    $$RAY_DASHBOARD_ADDRESS   (asks for the token in .cluster/token)" \
 	  "OpenAI endpoint  $$OPENAI_BASE_URL   (key in .cluster/api_key)" \
-	  "Report           $(STORAGE)/report/report.html" \
+	  "Report           $(STORAGE)/report.html" \
 	  "Ask again        source .cluster/env; $(BIN)/python jobs/ask_model.py --question '你好'" \
 	  "Stop             make stop"
 

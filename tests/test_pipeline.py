@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +99,19 @@ def test_every_stage_is_done_and_summed_up(run: dict[str, Any]) -> None:
         "quantize_model",
     ):
         assert stage in summary
+
+
+def test_one_page_reports_the_run_and_the_model_has_a_card(run: dict[str, Any]) -> None:
+    page = (run["root"] / "report.html").read_text(encoding="utf-8")
+    assert page.count("<mark class=passed>passed</mark>") == 2  # quantization, parity
+    for stage in ("prepare_corpus", "train_model", "evaluate_model", "quantize_model", "check_parity"):
+        assert f"<section id={stage}>" in page
+    for title in ("What was rejected, and why", "Time of a step", "Was it trained on?"):  # of the stages' own pages
+        assert f"<h2>{title}</h2>" in page
+    assert not re.findall(r"<script|@import|(?:src|href)=[\"']?[^\"'#]", page)  # all in one file
+    card = (run["root"] / "quantized" / "README.md").read_text(encoding="utf-8")
+    for title in ("Training data", "Quantization", "Evaluation", "Parity with the endpoint", "Lineage"):
+        assert f"\n## {title}\n" in card
 
 
 def test_documents_and_tokens_are_conserved(run: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The corpus report: report.json and one self-contained page with the funnel, histograms, excerpts and times.
 
-Bars are plain HTML; no scripts and nothing loaded from elsewhere; readable on a phone.
+Bars are plain HTML.
 It computes no figures of its own; shards.py counted them.
 """
 
@@ -9,25 +9,15 @@ from __future__ import annotations
 import html
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from app import storage
 from app.corpus.shards import Counts
+from app.page import Bar, bars, page
 
 ITEMS_SHOWN = 50  # all are in report.json
 BYTES_A_TOKEN = 4  # about what a byte-level BPE of 6,000 tokens or more reaches on Chinese text
-STYLE = """
-body { font: 16px/1.6 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1f2933; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .3rem .6rem .3rem 0;
-vertical-align: top; border-bottom: 1px solid #e4e7eb; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.bar { width: 40%; } td.bar i { display: block; height: .8rem; margin-top: .4rem; background: #2f6f9f; }
-td.bar i.after { background: #5a9367; } td.bar i.rejected { background: #c2570c; }
-details { margin: .4rem 0; } li { overflow-wrap: anywhere; } .note { color: #52606d; font-size: .9rem; }
-"""
-Row = tuple[str, float, str, str]  # label, value for the bar, value as text, class of the bar
 
 
 def write(uri: str, figures: Mapping[str, Any], total: Counts) -> None:
@@ -49,16 +39,15 @@ def render(content: Mapping[str, Any]) -> str:
     parts += ["<h2>Language</h2><p class=note>of one document in 64, chosen by hash</p>", _languages(counters)]
     if personal := {name: number for name, number in counters.items() if name.startswith("personal_data.")}:
         rows = [(name.split(".")[1], number, f"{number:,}", "") for name, number in sorted(personal.items())]
-        parts += ["<h2>Personal data replaced</h2>", _bars(rows)]
+        parts += ["<h2>Personal data replaced</h2>", bars(rows)]
     if found := {name.removeprefix("found."): number for name, number in counters.items() if name.startswith("found.")}:
         rows = [(name, number, f"{number:,}", "") for name, number in Counter(found).most_common(ITEMS_SHOWN)]
-        parts += ["<h2>Evaluation items found</h2>", _bars(rows)]
+        parts += ["<h2>Evaluation items found</h2>", bars(rows)]
     parts += ["<h2>Time</h2>", _times(content, counters), "<h2>Excerpts</h2>"]
     for rule, excerpts in content["excerpts"].items():
         items = "".join(f"<li>{html.escape(excerpt)}</li>" for excerpt in excerpts)
         parts.append(f"<details><summary>{html.escape(rule)}</summary><ol>{items}</ol></details>")
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>Corpus</title><style>{STYLE}"
-    return f"<!doctype html><html lang=zh><head>{head}</style></head><body>{''.join(parts)}</body></html>"
+    return page("Corpus", parts, "zh")
 
 
 def _summary(content: Mapping[str, Any]) -> str:
@@ -78,10 +67,10 @@ def _summary(content: Mapping[str, Any]) -> str:
 
 def _funnel(content: Mapping[str, Any]) -> str:
     raw = content["raw"]
-    rows: list[Row] = [("raw", raw, f"{raw:,}", "")]
+    rows: list[Bar] = [("raw", raw, f"{raw:,}", "")]
     for rule, number in sorted(content["by_rule"].items(), key=lambda item: -item[1]):
         rows.append((rule, number, f"− {number:,}", "rejected"))
-    return _bars([*rows, ("clean", content["clean"], f"{content['clean']:,}", "after")])
+    return bars([*rows, ("clean", content["clean"], f"{content['clean']:,}", "after")])
 
 
 def _sources(counters: Counter[str], upsampling: Mapping[str, float]) -> str:
@@ -112,29 +101,18 @@ def _languages(counters: Counter[str]) -> str:
 
 def _before_and_after(counters: Counter[str], what: str, label: Any, order: Any) -> str:
     names = {key.rsplit(".", 1)[1] for key in counters if key.split(".")[1:2] == [what]}
-    rows: list[Row] = []
+    rows: list[Bar] = []
     for name in sorted(names, key=order):
         for stage in ("before", "after"):
             number = counters[f"{stage}.{what}.{name}"]
             rows.append((f"{label(name)} {stage}", number, f"{number:,}", stage))
-    return _bars(rows)
+    return bars(rows)
 
 
 def _times(content: Mapping[str, Any], counters: Counter[str]) -> str:
-    rows: list[Row] = []
+    rows: list[Bar] = []
     for name, seconds in content["seconds"].items():
         rate = f"{seconds:,.1f} s, {content['raw'] / max(seconds, 1e-9):,.0f} documents a second and core"
         rows.append((name, seconds, rate, ""))
     wall = " · ".join(f"{name} {seconds:,.1f} s" for name, seconds in content["wall_seconds"].items())
-    return f"<p class=note>By the clock: {wall}. Below: seconds of one core.</p>{_bars(rows)}"
-
-
-def _bars(rows: Iterable[Row]) -> str:
-    rows = list(rows)
-    largest = max((value for _, value, _, _ in rows), default=0) or 1
-    lines = (
-        f"<tr><td>{html.escape(label)}<td class=number>{text}<td class=bar>"
-        f"<i class='{kind}' style='width:{100 * value / largest:.1f}%'></i>"
-        for label, value, text, kind in rows
-    )
-    return f"<table>{''.join(lines)}</table>"
+    return f"<p class=note>By the clock: {wall}. Below: seconds of one core.</p>{bars(rows)}"

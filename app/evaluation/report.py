@@ -1,28 +1,17 @@
 """The report as one self-contained HTML page: figures with their intervals, the loss curve, sample continuations.
 
-No scripts and nothing loaded from elsewhere; readable on a phone.
+It computes no figure of its own.
 """
 
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from app.evaluation.metrics import Figure
+from app.page import page, svg
 
-STYLE = """
-body { font: 16px/1.6 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1f2933; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .35rem .6rem .35rem 0;
-vertical-align: top; border-bottom: 1px solid #e4e7eb; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td small, th small { display: block; color: #627d98; line-height: 1.35; font-weight: normal; }
-svg { width: 100%; height: auto; } .source { color: #627d98; font-size: .85rem; overflow-wrap: anywhere; }
-mark { background: #e3f2e6; } .warning { border-left: 4px solid #c2570c; padding-left: .8rem; }
-summary { cursor: pointer; }
-"""
 EXPLANATIONS = {
     "bits_per_byte": "held-out cross-entropy in bits, divided by UTF-8 bytes; lower is better",
     "perplexity": "of a token; not comparable between tokenizers; lower is better",
@@ -67,9 +56,9 @@ def render(content: Content) -> str:
     """The page."""
     head = "<tr><th>figure<th class=number>value<small>95 % interval<br>items</small></tr>"
     rows = "".join(_row(name, figure) for name, figure in content.figures.items())
-    named = "".join(f"<p class=source>{html.escape(f'{name}: {uri}')}</p>" for name, uri in content.sources.items())
+    named = "".join(f"<p class=note>{html.escape(f'{name}: {uri}')}</p>" for name, uri in content.sources.items())
     parts = [f"<h1>Evaluation</h1>{named}<table>{head}{rows}</table>"]
-    parts.append("<p class=source>Intervals: bootstrap over items, 1000 resamples, 2.5 to 97.5 percentile.</p>")
+    parts.append("<p class=note>Intervals: bootstrap over items, 1000 resamples, 2.5 to 97.5 percentile.</p>")
     parts.append("<h2>Was it trained on?</h2><table>")
     for name, state in content.decontamination.items():
         mark = " class=warning" if "NOT" in state else ""
@@ -77,17 +66,14 @@ def render(content: Content) -> str:
     parts.append("</table>")
     parts += [_benchmark(one) for one in content.benchmarks]
     if content.log:
-        parts.append(f"<h2>Training loss</h2>{loss_curve(content.log)}")
+        parts.append(f"<h2>Training loss</h2><div>{loss_curve(content.log)}</div>")
     if content.samples:
         parts.append("<h2>Continuations</h2><table><tr><th>prompt and <mark>continuation</mark><th>original</tr>")
         for prompt, continuation, original in content.samples:
             written, own = f"{html.escape(prompt)}<mark>{html.escape(continuation)}</mark>", html.escape(original)
             parts.append(f"<tr><td>{written}</td><td>{own}</td></tr>")
         parts.append("</table>")
-    top = (
-        f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>Evaluation</title><style>{STYLE}"
-    )
-    return f"<!doctype html><html lang=zh><head>{top}</style></head><body>{''.join(parts)}</body></html>"
+    return page("Evaluation", parts, "zh")
 
 
 def _row(name: str, figure: Figure | float) -> str:
@@ -104,7 +90,7 @@ def _benchmark(one: Benchmark) -> str:
         f"<tr><td>{html.escape(subject)}<td class=number>{share:.3f}<td class=number>{count}</tr>"
         for subject, (share, count) in one.subjects.items()
     )
-    notes = "".join(f"<p class=source>{html.escape(note)}</p>" for note in one.notes)
+    notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in one.notes)
     table = f"<table><tr><th>subject<th class=number>accuracy<th class=number>questions</tr>{rows}</table>"
     title = f"{html.escape(one.name)}, {one.shots}-shot: {len(one.subjects)} subjects"
     return f"<h2>{title}</h2>{notes}<details><summary>each subject</summary>{table}</details>"
@@ -126,9 +112,7 @@ def loss_curve(log: Sequence[Mapping[str, Any]]) -> str:
     points = [(line["step"], line["held_out_bits_per_byte"]) for line in measured]
     held_out.plot([x for x, _ in points], [y for _, y in points], "o-", color="#c2570c", markersize=3, linewidth=1)
     held_out.set_ylabel("held-out bits per byte", color="#c2570c")
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg")
-    return picture.getvalue()[picture.getvalue().index("<svg") :]
+    return svg(figure)
 
 
 def moving_average(values: Sequence[float], memory: float = 0.9) -> list[float]:

@@ -46,7 +46,7 @@ class ShowLineageConfig(RunConfig):
         "model", description="its kind"
     )
     card: bool = Field(False, description="write README.md, a model card, into the model's folder")
-    report_uris: tuple[str, ...] = Field(("report",), description="evaluations that the card may show")
+    report_uris: tuple[str, ...] = Field(("report", "parity"), description="evaluations that the card may show")
 
     def plan(self) -> list[str]:
         """What is read, and what is written."""

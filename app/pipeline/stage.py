@@ -8,42 +8,49 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from app import cluster, storage
 from app.artifacts import MANIFEST_NAME, Manifest, read_manifest
+from app.config import RunConfig
+from app.page import body_of
 from app.pipeline.config import PipelineConfig, ShowLineageConfig
 from app.pipeline.lineage import model_card, tree
+from app.pipeline.report import Made, Row, render
+from app.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 Figures = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the summary: what a stage took, made and cost."""
-
-    stage: str
-    seconds: float
-    skipped: bool
-    flow: str
-    key_figure: str
-
-
 def run(config: PipelineConfig) -> str:
-    """Run all stages; the summary table, also written to summary.txt in the storage."""
+    """Run all stages; the summary table, also written to summary.txt in the storage beside report.html.
+
+    A run that fails leaves report.html as well, with what was made and what went wrong.
+    """
     cluster.connect()
-    rows = []
-    for name, section in config.sections().items():
-        logger.info("%s …", name)
-        work, describe = _stage(name)
-        started_at, began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-        manifest = work(section)
-        skipped = name != "deploy_model" and manifest.created_at < started_at
-        rows.append(Row(name, time.monotonic() - began, skipped, *describe(manifest.figures)))
+    rows: list[Row] = []
+    made: dict[str, Made] = {}
+    error = ""
+    try:
+        for name, section in config.sections().items():
+            logger.info("%s …", name)
+            work, describe = _stage(name)
+            started_at, began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+            manifest = work(section)
+            if name != "deploy_model":  # it makes no artifact, and tells the model that it serves
+                made[name] = Made(manifest, _page(section, manifest))
+            skipped = name in made and manifest.created_at < started_at
+            rows.append(Row(name, time.monotonic() - began, skipped, *describe(manifest.figures)))
+    except Exception as problem:
+        error = f"{name}: {problem}"
+        raise
+    finally:
+        storage.write_atomic(config.resolve("report.html"), render(rows, made, error).encode())
+    reports = [made[name].manifest for name in ("evaluate_model", "check_parity") if name in made]
+    _write_card(made["quantize_model"].manifest, reports)
     table = format_table(rows)
     storage.write_atomic(config.resolve("summary.txt"), table.encode())
     return table
@@ -56,10 +63,23 @@ def show(config: ShowLineageConfig) -> str:
         if manifest.kind != "model":
             raise ValueError(f"card: {manifest.uri} is a {manifest.kind}; only a model has a card")
         uris = [uri for uri in map(config.resolve, config.report_uris) if storage.exists(f"{uri}/{MANIFEST_NAME}")]
-        card = model_card(manifest, [read_manifest(uri, "report") for uri in uris])
-        storage.write_atomic(f"{manifest.uri}/README.md", card.encode())
-        logger.info("model card: %s/README.md", manifest.uri)
+        _write_card(manifest, [read_manifest(uri, "report") for uri in uris])
     return tree(manifest)
+
+
+def _write_card(model: Manifest, reports: list[Manifest]) -> None:
+    storage.write_atomic(f"{model.uri}/README.md", model_card(model, reports).encode())
+    logger.info("model card: %s/README.md", model.uri)
+
+
+def _page(section: RunConfig, manifest: Manifest) -> str:
+    """What a stage's own page holds; "" when it has none."""
+    folder = section.resolve(section.checkpoints_uri) if isinstance(section, TrainConfig) else manifest.uri
+    uri = f"{folder}/report.html"
+    if not storage.exists(uri):
+        return ""
+    with storage.open_file(uri) as file:
+        return body_of(file.read().decode())
 
 
 def format_table(rows: list[Row]) -> str:

@@ -1,8 +1,8 @@
-"""AWQ, 4-bit weights and 16-bit activations, by llm-compressor; and how small the result is.
+"""AWQ, 4-bit weights and 16-bit activations, in the layout of compressed-tensors; and how small the result is.
 
 Activation-aware Weight Quantization after Lin et al. 2023 (https://arxiv.org/abs/2306.00978): scales found on
-calibration text protect the weights that matter. Imports llm-compressor, so it runs only where the overlay is first on
-the path.
+calibration text protect the weights that matter. llm-compressor searches them, or AutoAWQ (autoawq.py) has done so;
+llm-compressor rounds and packs. It is imported here, so this runs only where the overlay is first on the path.
 """
 
 from __future__ import annotations
@@ -36,30 +36,39 @@ def quantize(
     """Quantize the linear layers of the model in place, calibrated on token windows (each a list of ids)."""
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
     _let_cpu_hosts_calibrate()
-    scheme = {
-        "targets": ["Linear"],
-        "weights": {
-            "num_bits": 4,
-            "type": "int",
-            "strategy": "group",
-            "group_size": group_size,
-            "symmetric": symmetric,
-            "dynamic": False,
-        },
-    }
     rows = [{"input_ids": list(window), "attention_mask": [1] * len(window)} for window in windows]
     oneshot(
         model=model,
         dataset=Dataset.from_list(rows),
-        recipe=[AWQModifier(duo_scaling="both"), QuantizationModifier(config_groups={"w4": scheme}, ignore=ignore)],
+        recipe=[AWQModifier(duo_scaling="both"), _rounding(group_size, symmetric, ignore)],
         num_calibration_samples=len(rows),
         shuffle_calibration_samples=False,
         max_seq_length=max(map(len, windows)),
     )
+
+
+def round_weights(model: PreTrainedModel, group_size: int, symmetric: bool, ignore: list[str]) -> None:
+    """Quantize the linear layers in place as their weights are, to the nearest of 16 levels between min and max."""
+    from llmcompressor import oneshot
+
+    oneshot(model=model, recipe=[_rounding(group_size, symmetric, ignore)])
+
+
+def _rounding(group_size: int, symmetric: bool, ignore: list[str]) -> Any:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "dynamic": False,
+    }
+    return QuantizationModifier(config_groups={"w4": {"targets": ["Linear"], "weights": weights}}, ignore=ignore)
 
 
 def _let_cpu_hosts_calibrate() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from app.config import RunConfig
 
@@ -15,6 +15,9 @@ class QuantizeConfig(RunConfig):
     model_uri: str = Field("model", description="model artifact to quantize")
     corpus_uri: str = Field("corpus", description="corpus artifact: calibration text, and held-out text to compare on")
     output_uri: str = Field("quantized", description="where the 4-bit model goes, in the Hugging Face layout")
+    backend: Literal["llm-compressor", "autoawq"] = Field(
+        "llm-compressor", description="what searches AWQ's scales; AutoAWQ is slower and not maintained any more"
+    )
     group_size: Literal[32, 64, 128] = Field(
         128, description="weights that share a scale; must divide all input widths"
     )
@@ -29,12 +32,18 @@ class QuantizeConfig(RunConfig):
     num_cpus: int = Field(2, ge=1, description="CPUs of the task, each a thread; AWQ searches on them without a GPU")
     seed: int = Field(0, ge=0, description="choice of the calibration text")
 
+    @model_validator(mode="after")
+    def _autoawq_knows_no_patterns(self) -> QuantizeConfig:
+        if self.backend == "autoawq" and any(name.startswith("re:") for name in self.ignore):
+            raise ValueError("ignore: AutoAWQ takes parts of names, not re:patterns; or use backend llm-compressor")
+        return self
+
     def plan(self) -> list[str]:
         """What is read and written."""
         from app.artifacts import states  # fsspec is not needed to answer --help
 
         sizes = ", then ".join(map(str, self.group_sizes))
-        what = f"quantize {self.resolve(self.model_uri)} to 4-bit AWQ, groups of {sizes}"
+        what = f"quantize {self.resolve(self.model_uri)} to 4-bit AWQ by {self.backend}, groups of {sizes}"
         return [f"{what}; gate at {self.max_loss_percent:+g} % bits per byte", *states(self)]
 
     @property

@@ -1,8 +1,8 @@
-"""Quantization stage: a Ray task with llm-compressor's overlay first on its path makes the 4-bit model.
+"""Quantization stage: a Ray task with the backend's overlay first on its path makes the 4-bit model.
 
-llm-compressor and vLLM pin different versions of compressed-tensors; the overlay holds the former's and is seen by
-this task alone. The result's bits per byte are measured beside the source's, on the same held-out documents: what loses
-more than the gate allows is kept and marked, and the endpoint refuses it.
+llm-compressor and vLLM pin different versions of compressed-tensors; its overlay holds the former's and is seen by
+this task alone, and so is AutoAWQ's. The result's bits per byte are measured beside the source's, on the same held-out
+documents: what loses more than the gate allows is kept and marked, and the endpoint refuses it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ from app.quantization.config import QuantizeConfig
 
 logger = logging.getLogger(__name__)
 
-OVERLAY_DIR = Path(sys.prefix) / "overlays" / "quantization"
+OVERLAYS_DIR = Path(sys.prefix) / "overlays"
+OVERLAYS = {  # backend -> name of an overlay and of its lock file, and a package in it
+    "llm-compressor": {"quantization": "llmcompressor"},
+    "autoawq": {"autoawq": "awq", "quantization": "llmcompressor"},  # the latter packs
+}
 PASSED = "passed"
 CALIBRATION_DOCUMENTS = 20_000  # read at most; the sample is drawn from them
 
@@ -39,19 +43,15 @@ def run(config: QuantizeConfig) -> Manifest:
     draft = Manifest.draft("model", uri, config, {"model": model.as_input(), "corpus": corpus.as_input()})
     if done := find_complete(draft, config.overwrite):
         return done
-    if not (OVERLAY_DIR / "llmcompressor").is_dir():
-        raise ValueError(
-            f"llm-compressor is not installed in {OVERLAY_DIR}: run make setup, or "
-            f"pip install --no-deps --target {OVERLAY_DIR} -r requirements/quantization.lock"
-        )
+    overlays = _find_overlays(config.backend)
     with storage.open_file(f"{model.uri}/config.json") as file:
         model_config = json.load(file)
     for size in config.group_sizes:
         refuse_group_size(model_config, size)
     clear(uri)
     cluster.connect()
-    logger.info("quantizing %s, group size %d", model.uri, config.group_size)
-    path = os.pathsep.join([str(OVERLAY_DIR), *filter(None, [os.environ.get("PYTHONPATH")])])
+    logger.info("quantizing %s by %s, group size %d", model.uri, config.backend, config.group_size)
+    path = os.pathsep.join([*overlays, *filter(None, [os.environ.get("PYTHONPATH")])])
     task = ray.remote(_quantize).options(
         runtime_env={"env_vars": {"PYTHONPATH": path, "TQDM_DISABLE": "1"}},  # else a bar for each layer and step
         num_cpus=config.num_cpus,
@@ -61,6 +61,18 @@ def run(config: QuantizeConfig) -> Manifest:
     if figures[GATE] != PASSED:
         logger.error("%s: %s; the endpoint will refuse it", uri, figures[GATE])
     return publish(draft, figures)
+
+
+def _find_overlays(backend: str) -> list[str]:
+    """The folders. Raises ValueError with the command that makes a missing one."""
+    for name, package in OVERLAYS[backend].items():
+        folder = OVERLAYS_DIR / name
+        if not (folder / package).is_dir():
+            raise ValueError(
+                f"{backend} is not installed in {folder}: run make setup, or "
+                f"pip install --no-deps --target {folder} -r requirements/{name}.lock"
+            )
+    return [str(OVERLAYS_DIR / name) for name in OVERLAYS[backend]]
 
 
 def judge(loss_percent: float, max_loss_percent: float) -> str:
@@ -74,7 +86,7 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
     import torch
 
     from app.models import encode, load_model, load_tokenizer
-    from app.quantization import awq
+    from app.quantization import autoawq, awq
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tried: dict[str, float] = {}
@@ -92,7 +104,11 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
         for group_size in config.group_sizes:
             if tried:  # what was quantized before is no longer the model
                 model = load_model(model_dir, dtype).to(device)
-            awq.quantize(model, windows, group_size, config.symmetric, config.ignore)
+            if config.backend == "autoawq":
+                autoawq.search(model, windows, group_size, config.symmetric, config.ignore)
+                awq.round_weights(model, group_size, config.symmetric, config.ignore)
+            else:
+                awq.quantize(model, windows, group_size, config.symmetric, config.ignore)
             after = _bits_per_byte(model, tokenizer, held_out)
             loss_percent = round(100 * (after / before - 1), 2)
             tried[f"group_{group_size}"] = loss_percent

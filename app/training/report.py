@@ -6,9 +6,6 @@ elsewhere; readable on a phone. It computes no figure of its own but those of go
 
 from __future__ import annotations
 
-import html
-import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,20 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from app.page import page, shown, svg, table
 from app.training.goodput import Event, Goodput, Restart, summarize
 
 Line = Mapping[str, Any]
 Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 MAX_BINS = 500
-STYLE = """
-body { font: 16px/1.6 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1f2933; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-div { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-td, th { text-align: left; padding: .35rem .6rem .35rem 0; vertical-align: top; border-bottom: 1px solid #e4e7eb; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-svg { width: 100%; min-width: 30rem; height: auto; } .note { color: #627d98; font-size: .85rem; }
-"""
 EXPLANATIONS = {
     "loss": "median training loss of the last tenth of the steps, nats per token",
     "held_out_bits_per_byte": "held-out cross-entropy in bits, divided by UTF-8 bytes; the last measured",
@@ -86,14 +76,13 @@ def render(lines: Sequence[Line], events: Sequence[Event], figures: Mapping[str,
     if "skipped_sequences" in figures:
         parts.append(
             "<p>Every step trained on the rows that were due: the digests of the log are those of the sampler, none is "
-            f"there twice and none is missing. Rewinds skipped {_shown(figures['skipped_sequences'])} sequences.</p>"
+            f"there twice and none is missing. Rewinds skipped {shown(figures['skipped_sequences'])} sequences.</p>"
         )
     parts += [f"<h2>{title}</h2><div>{picture}</div>" for title, picture in _pictures(lines, marks)]
     if marks:
         parts.append("<p class=note>Dashed lines: grey is a restart, red a rewind.</p>")
     parts += _incidents(ledger, events)
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>Training</title><style>{STYLE}"
-    return f"<!doctype html><html lang=en><head>{head}</style></head><body>{''.join(parts)}</body></html>"
+    return page("Training", parts)
 
 
 def _headline(lines: Sequence[Line], ledger: Goodput) -> dict[str, Any]:
@@ -120,33 +109,6 @@ def _values(lines: Sequence[Line], name: str) -> list[float]:
 def _table(heads: Sequence[str], figures: Mapping[str, Any]) -> str:
     rows = [(name, value, EXPLANATIONS.get(name, "")) for name, value in figures.items()]
     return table(heads, rows)
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An HTML table, everything escaped; numbers to the right."""
-    body = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    return f"<div><table><tr>{head}</tr>{body}</table></div>"
-
-
-def _cell(value: Any) -> str:
-    attribute = " class=number" if isinstance(value, int | float) and not isinstance(value, bool) else ""
-    return f"<td{attribute}>{html.escape(_shown(value))}</td>"
-
-
-def _shown(value: Any) -> str:
-    """Whole numbers in groups of three, others to four digits.
-
-    >>> _shown(1234567), _shown(0.123456), _shown(81234.5), _shown(None), _shown("a")
-    ('1,234,567', '0.1235', '81,234', '', 'a')
-    """
-    if value is None:
-        return ""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 10_000 else f"{value:.4g}"
-    return str(value)
 
 
 def _incidents(ledger: Goodput, events: Sequence[Event]) -> list[str]:
@@ -262,13 +224,3 @@ def _filled(line: Line) -> dict[str, float]:
     """The parts of a line's step, 0 where one is missing, and the rest of the step as `other`."""
     parts = {name: float(line.get(f"{name}_seconds", 0.0)) for name in SPLIT if name != "other"}
     return {"step": line["step"], **parts, "other": max(0.0, line["step_seconds"] - sum(parts.values()))}
-
-
-def svg(figure: Any) -> str:
-    """A matplotlib figure as SVG for an HTML page, the same bytes each time."""
-    import matplotlib
-
-    picture = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "zero-to-one", "font.family": "sans-serif"}):
-        figure.savefig(picture, format="svg", metadata={"Date": None})
-    return picture.getvalue()[picture.getvalue().index("<svg") :]

@@ -9,7 +9,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.training.report import STYLE, svg, table
+from app.page import page, svg, table
 from app.tuning.trial import Trial
 
 BLUE, ORANGE, GREY, RED = "#2f6f9f", "#c2570c", "#b8c2cc", "#b3261e"
@@ -76,8 +76,7 @@ def render(shown: Mapping[str, Any]) -> str:
     failures = [(str(trial["number"]), said) for trial in trials for said in trial["failures"]]
     if failures:
         parts.append(f"<h2>Failures</h2>{table(('trial', 'error'), failures)}")
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>Sweep</title><style>{STYLE}"
-    return f"<!doctype html><html lang=en><head>{head}</style></head><body>{''.join(parts)}</body></html>"
+    return page("Sweep", parts)
 
 
 def _outcomes(trials: Sequence[Mapping[str, Any]]) -> str:

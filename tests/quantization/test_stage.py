@@ -1,5 +1,6 @@
 """Quantization on the shared cluster, and the result read back by the environment that serves it."""
 
+import json
 import math
 from pathlib import Path
 
@@ -71,6 +72,28 @@ def test_the_same_seed_gives_the_same_weights_and_a_rerun_skips(root: Path, quan
     assert (root / "again" / name).read_bytes() == (root / "quantized" / name).read_bytes()
 
 
+def test_autoawq_ends_in_the_same_layout(root: Path, quantized: Manifest) -> None:
+    """It searches otherwise than llm-compressor, so that the weights differ; what consumers read does not."""
+    found = stage.run(settings(root, backend="autoawq", output_uri="autoawq"))
+    assert found.figures["gate"] == "passed"
+    assert abs(found.figures["loss_percent"]) < 5
+    assert found.figures["linear_percent"] <= 14
+    layouts, weights = [], []
+    for name in ("quantized", "autoawq"):
+        layouts.append(json.loads((root / name / "config.json").read_text())["quantization_config"])
+        with safe_open(root / name / "model.safetensors", "np") as file:
+            weights.append({key: file.get_tensor(key) for key in sorted(file.keys())})
+    assert layouts[0] == layouts[1]
+    assert list(weights[0]) == list(weights[1])
+    packed = [name for name in weights[0] if name.endswith(".weight_packed")]
+    assert any((weights[0][name] != weights[1][name]).any() for name in packed)
+
+
+def test_autoawq_refuses_patterns() -> None:
+    with pytest.raises(ValueError, match="AutoAWQ takes parts of names, not re:patterns"):
+        QuantizeConfig(backend="autoawq", ignore=["re:.*down_proj"])
+
+
 def test_the_gate_is_a_limit_that_nothing_unknown_passes() -> None:
     assert stage.judge(2.0, 2.0) == stage.judge(-1.0, 0.0) == stage.PASSED
     assert stage.judge(2.01, 2.0) == "failed: bits per byte +2.01 %, allowed +2 % (max_loss_percent)"
@@ -99,7 +122,7 @@ def test_what_loses_too_much_is_marked_after_all_sizes_were_tried_and_not_served
 
 
 def test_a_missing_overlay_names_the_command_that_installs_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "OVERLAY_DIR", root / "nowhere")
+    monkeypatch.setattr(stage, "OVERLAYS_DIR", root / "nowhere")
     with pytest.raises(ValueError, match=r"pip install --no-deps --target .*nowhere"):
         stage.run(settings(root, output_uri="never"))
     with pytest.raises(ValueError, match="no complete model artifact"):

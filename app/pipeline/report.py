@@ -1,0 +1,73 @@
+"""The report of a pipeline run: the summary, the gates, the lineage, and every stage's own page, in one file.
+
+The stages' pages are taken in as they are; figures of stages without a page come from their manifests. It computes no
+figure of its own.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from app.artifacts import GATE, Manifest
+from app.page import page, table
+from app.pipeline.graph import boxes_of, draw
+from app.pipeline.lineage import flatten
+
+TITLES = {
+    "prepare_corpus": "Corpus",
+    "train_tokenizer": "Tokenizer",
+    "pack_tokens": "Tokens",
+    "train_model": "Training",
+    "evaluate_model": "Evaluation",
+    "quantize_model": "Quantization",
+    "check_parity": "Parity",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the summary: what a stage took, made and cost."""
+
+    stage: str
+    seconds: float
+    skipped: bool
+    flow: str
+    key_figure: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage made, and what its own page holds, if it has one."""
+
+    manifest: Manifest
+    body: str = ""
+
+
+def render(rows: Sequence[Row], made: Mapping[str, Made], error: str) -> str:
+    """The page of the stages that ended, in order; `error` is that of the one that did not."""
+    parts = ["<h1>zero-to-one</h1>"]
+    if error:
+        parts.append(f"<p class=warning>The run did not end: {html.escape(error)}</p>")
+    parts += [_gate(TITLES[name], one.manifest) for name, one in made.items() if GATE in one.manifest.figures]
+    lines = [
+        (row.stage.replace("_", " "), "skipped" if row.skipped else round(row.seconds, 1), row.flow, row.key_figure)
+        for row in rows
+    ]
+    parts += ["<h2>Summary</h2>", table(("stage", "seconds", "in → out", "key figure"), lines)]
+    boxes = boxes_of(one.manifest for one in made.values())
+    parts += [
+        "<h2>Lineage</h2><p class=note>Of what each artifact was made, by digest.</p>",
+        f"<div>{draw(boxes)}</div>",
+    ]
+    for name, one in made.items():
+        body = one.body or f"<h1>{TITLES[name]}</h1>{table(('figure', 'value'), flatten(one.manifest.figures))}"
+        parts.append(f"<section id={name}>{body}</section>")
+    return page("zero-to-one: a run", parts)
+
+
+def _gate(title: str, manifest: Manifest) -> str:
+    told = str(manifest.figures[GATE])
+    state = "passed" if told == "passed" else "failed"
+    return f"<p>{title} gate: <mark class={state}>{html.escape(told)}</mark></p>"

@@ -1,0 +1,39 @@
+"""AWQ's scales and clipping found by AutoAWQ, applied to the model in place; awq.py then rounds and packs.
+
+AutoAWQ (https://github.com/casper-hansen/AutoAWQ, MIT) is no longer maintained; it is here because many know its
+results. It does not write its own file layout: both backends end in compressed-tensors, so that no consumer needs a
+branch. Imports AutoAWQ, so it runs only where its overlay is on the path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def search(
+    model: PreTrainedModel, windows: Sequence[Sequence[int]], group_size: int, symmetric: bool, ignore: list[str]
+) -> None:
+    """Scale and clip the weights of the decoder's layers, calibrated on token windows of one length (lists of ids).
+
+    Raises ValueError for an architecture that AutoAWQ does not know.
+    """
+    from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
+
+    kind = model.config.model_type
+    if kind not in AWQ_CAUSAL_LM_MODEL_MAP:
+        raise ValueError(f"backend: AutoAWQ does not know the architecture {kind}; use llm-compressor")
+    wrapped = AWQ_CAUSAL_LM_MODEL_MAP[kind](model, kind, False, model.config, None, None)
+    settings = {"w_bit": 4, "q_group_size": group_size, "zero_point": not symmetric, "version": "GEMM"}
+    if ignore:
+        wrapped.modules_to_not_convert = ignore
+    wrapped.quantize(
+        quant_config=settings,
+        calib_data=[list(window) for window in windows],
+        max_calib_samples=len(windows),
+        max_calib_seq_len=len(windows[0]),
+        export_compatible=True,
+    )
