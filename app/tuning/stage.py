@@ -216,6 +216,7 @@ def _run_trial(job: dict[str, Any]) -> None:
                 working.thread.join()
                 return
     if working.error:
+        trial.fail(_said(working.error))
         raise working.error
     scores = checkpoint.read_scores(run_uri)
     measured = scores[end][config.metric]
@@ -338,7 +339,15 @@ def _open(trial: Any) -> Trial:
 
 
 class _Watch(tune.Callback):  # type: ignore[misc]
-    """Says how trials end, and notes failures in their folders."""
+    """Says how trials end, and notes it when the process of one was lost."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, int] = {}  # failures of a trial when its attempt began
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """An attempt begins."""
+        begun = _open(trial)
+        self._before[begun.uri] = len(begun.failures)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It finished or was ended early."""
@@ -354,8 +363,14 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self._note(trial, "given up")
 
     def _note(self, trial: Any, what: str) -> None:
-        error = trial.get_pickled_error()
-        said = str(logs.user_error(error) or error).strip().splitlines() or [type(error).__name__]
         failed = _open(trial)
-        failed.fail(said[0])
-        logger.warning("trial %d failed, %s: %s", failed.number, what, said[0])
+        if len(failed.failures) == self._before.get(failed.uri, len(failed.failures)):  # it could not say it itself
+            failed.fail("the process of the trial was lost")
+        logger.warning("trial %d failed, %s: %s", failed.number, what, failed.failures[-1])
+
+
+def _said(error: BaseException) -> str:
+    """The first line of what the user can mend, else of the error."""
+    cause = logs.user_error(error) or error
+    lines = str(cause).strip().splitlines()
+    return lines[0] if lines else type(cause).__name__

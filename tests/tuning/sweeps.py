@@ -44,7 +44,7 @@ def start(root: Path, cluster: LocalCluster, config: dict[str, Any]) -> subproce
 
 def finish(job: subprocess.Popen[str]) -> str:
     """What a sweep that must succeed says on stderr."""
-    _, said = job.communicate(timeout=900)
+    _, said = job.communicate(timeout=2400)
     assert job.returncode == 0, said[-3000:]
     return said
 
@@ -56,7 +56,7 @@ def trial_of(root: Path, number: int) -> Trial | None:
 
 def until(job: subprocess.Popen[str], has_come: Callable[[], bool]) -> None:
     """Wait for a moment of a sweep that runs."""
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 2400
     while not has_come():
         assert job.poll() is None, "the sweep ended before"
         assert time.monotonic() < deadline
