@@ -17,6 +17,7 @@ PADDING = "<|pad|>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 SCORING_SEQUENCES = 16
+SCORING_LOGITS = 1 << 28  # of a batch at most, 1 GiB in float32: vocabularies and contexts multiply
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING, TURN_START, TURN_END)
 
 # ChatML (https://github.com/openai/openai-python/blob/release-v0.28.1/chatml.md)
@@ -59,10 +60,12 @@ def load_model(model_dir: Path, dtype: str = "float32") -> PreTrainedModel:
 def score_documents(model: PreTrainedModel, documents: Sequence[Sequence[int]], end_of_text_id: int) -> list[float]:
     """Negative log-likelihood of each document's tokens, in nats; bits per byte = nats / ln 2 / UTF-8 bytes.
 
-    A document is read after an end-of-text token, which is not scored. One longer than the model's context C is cut
-    into windows of C - 1 scored tokens, each after the token before it.
+    A document is read after an end-of-text token, which is not scored. One longer than C tokens is cut into windows of
+    C - 1 scored tokens, each after the token before it; C is the model's context, but not above SCORING_LOGITS over
+    the vocabulary.
     """
-    context_tokens = model.config.max_position_embeddings
+    vocab_size = model.config.vocab_size
+    context_tokens = min(model.config.max_position_embeddings, SCORING_LOGITS // vocab_size)
     windows: list[tuple[int, list[int]]] = []
     for index, document in enumerate(documents):
         sequence = [end_of_text_id, *document]
@@ -70,8 +73,12 @@ def score_documents(model: PreTrainedModel, documents: Sequence[Sequence[int]], 
             windows.append((index, sequence[start : start + context_tokens]))
     windows.sort(key=lambda window: len(window[1]))  # little padding
     nats = [0.0] * len(documents)
-    for start in range(0, len(windows), SCORING_SEQUENCES):
-        batch = windows[start : start + SCORING_SEQUENCES]
+    while windows:
+        size = SCORING_LOGITS // (
+            vocab_size * len(windows[-1][1])
+        )  # the longest first: what memory lacks shows at once
+        batch = windows[-min(SCORING_SEQUENCES, size) :]
+        del windows[-len(batch) :]
         for (index, _), value in zip(batch, _window_nats(model, [tokens for _, tokens in batch]), strict=True):
             nats[index] += value
     return nats
