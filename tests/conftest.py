@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from app.cluster import PRIVATE, LocalCluster, LocalClusterConfig, connect, start_local, stop_local
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.update(PRIVATE)  # before the first `import ray`
+settings.register_profile("unhurried", deadline=None)  # tests check what is done, not how fast
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
