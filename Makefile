@@ -8,7 +8,7 @@ TORCH := $(shell sed -n 's/^torch==//p' $(LOCK))
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
 TESTS ?=
 
-.PHONY: setup demo test test-fast check bench stop clean lock
+.PHONY: setup demo test test-long test-fast check bench stop clean lock
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -46,7 +46,10 @@ demo: setup
 	  "Stop             make stop"
 
 test: setup
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest -m "not long" $(TESTS)
+
+test-long: setup
+	@$(BIN)/python -m pytest -m long $(TESTS)
 
 test-fast: setup
 	@$(BIN)/python -m pytest -m "not ray and not slow and not gpu" $(TESTS)

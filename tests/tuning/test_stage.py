@@ -43,6 +43,7 @@ def best(root: Path) -> dict[str, Any]:
     return dict(chosen)
 
 
+@pytest.mark.long  # sixteen trainings
 def test_a_sweep_killed_half_way_ends_as_the_undisturbed_one(cluster: LocalCluster, tmp_path: Path) -> None:
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     for root in (calm, killed):
