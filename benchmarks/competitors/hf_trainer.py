@@ -5,6 +5,7 @@ Arguments: OUTPUT SETTINGS WARM_UP. It logs, saves and evaluates nothing. The le
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -88,7 +89,8 @@ def main() -> None:
     trainer = Trainer(model_of(config), trainer_arguments, train_dataset=dataset_of(config), callbacks=[clock])
     loss = trainer.train().training_loss
     demo_training.answer(output, {"seconds": clock.seconds, "loss": loss})
-    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends before them
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads abort the interpreter's own exit now and then
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Arguments: OUTPUT SETTINGS WARM_UP. All batches are in memory before the first s
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -60,7 +61,8 @@ def main() -> None:
     seconds = time.perf_counter() - began
     num_losses = config.num_steps * config.accumulation_steps(world_size)
     demo_training.answer(output, {"seconds": seconds, "loss": float(loss_sum) / num_losses})
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads abort the interpreter's own exit now and then
 
 
 if __name__ == "__main__":
