@@ -117,7 +117,6 @@ def test_a_sweep_that_cannot_run_says_so(cluster: LocalCluster, tmp_path: Path) 
         stage.run(sweep(tmp_path, tmp_path))
 
 
-@pytest.mark.long
 def test_a_population_passes_weights_and_values_on(cluster: LocalCluster, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     space = {"optimizer.learning_rate": {"log_uniform": [1e-5, 5e-2]}}
@@ -149,7 +148,6 @@ def test_a_population_passes_weights_and_values_on(cluster: LocalCluster, tmp_pa
     assert len(journal.read_events(run_of(worst, 1), "started")) == 2  # one of the copy, one of its own
 
 
-@pytest.mark.long
 def test_optuna_proposes_in_range_and_all_at_once_end(cluster: LocalCluster, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     changes = {"search": "optuna", "num_trials": 4, "max_concurrent_trials": 4}
