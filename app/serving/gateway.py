@@ -65,6 +65,7 @@ LEDGER_START_SECONDS = 60.0  # and for its process to start
 ENGINE_LOOK_SECONDS = 0.5  # between two looks whether the engine lives
 READY_SECONDS = 1.0  # anybody may ask, without a key
 TRIES = 3  # of a request whose replica dies before it answers
+TRY_AGAIN_SECONDS = 0.5  # a dying replica answers first, and looks idle to the router until it is gone
 _KNOWN = {  # OpenAI's fields, also those that vLLM has no use for
     ChatCompletionRequest: ChatParameters,
     CompletionRequest: CompletionParameters,
@@ -205,6 +206,7 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
                 logger.warning("%s: the replica is gone: %s", operation, type(error).__name__)
                 if has_begun or attempt == TRIES - 1:
                     raise Refused(openai_error(503, "The model's replica failed. Try again.")) from None
+                await asyncio.sleep(TRY_AGAIN_SECONDS * 2**attempt)
             except BackPressureError:
                 raise Refused(openai_error(503, "The model is busy. Try again.")) from None
             except (RayTaskError, *VLLM_CLIENT_ERRORS) as error:
