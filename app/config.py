@@ -152,6 +152,19 @@ def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     values[name] = value
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key, of sections in sections.
+
+    >>> flatten({"a": 1, "b": {"c": 2.5}})
+    {'a': 1, 'b.c': 2.5}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
 def _explain(config_type: type[Config], detail: Any) -> str:
     path = [str(part) for part in detail["loc"]]
     message = f"{'.'.join(path) or 'config'}: {detail['msg'].removeprefix('Value error, ')}"

@@ -79,14 +79,14 @@ def measure(backend: str, folder: Path, group_size: int) -> dict[str, float]:
     from app.documents import sample_texts
     from app.models import encode, load_model, load_tokenizer
     from app.quantization import autoawq, awq
-    from app.quantization.stage import _bits_per_byte
+    from app.quantization.stage import bits_per_byte
 
     model, tokenizer = load_model(folder / "model"), load_tokenizer(folder / "model")
     held_out = sample_texts(str(folder / "corpus"), "held_out", HELD_OUT_DOCUMENTS)
     documents = encode(tokenizer, sample_texts(str(folder / "corpus"), "train", 20_000))
     tokens = min(WINDOW_TOKENS, model.config.max_position_embeddings)
     windows = awq.choose_windows(documents, WINDOWS, tokens, seed=0)
-    before = _bits_per_byte(model, tokenizer, held_out)
+    before = bits_per_byte(model, tokenizer, held_out)
     began = time.process_time()
     if backend == "autoawq":
         autoawq.search(model, windows, group_size, False, ["lm_head"])
@@ -94,7 +94,7 @@ def measure(backend: str, folder: Path, group_size: int) -> dict[str, float]:
     else:
         awq.quantize(model, windows, group_size, False, ["lm_head"])
     seconds = time.process_time() - began
-    after = _bits_per_byte(model, tokenizer, held_out)
+    after = bits_per_byte(model, tokenizer, held_out)
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved, save_compressed=True)
         percent = awq.linear_sizes(Path(saved))["linear_percent"]

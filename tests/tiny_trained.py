@@ -70,12 +70,20 @@ def _train(stream: list[int]) -> LlamaForCausalLM:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
+    learn(model, stream, batch=16, steps=STEPS)
+    return model.eval()
+
+
+def learn(model: LlamaForCausalLM, stream: list[int], batch: int, steps: int) -> None:
+    """Train on random windows of the stream, each as long as the model's context."""
+    import torch
+
+    length = model.config.max_position_embeddings
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tokens = torch.tensor(stream)
-    for _ in range(STEPS):
-        starts = torch.randint(len(tokens) - CONTEXT_TOKENS, (16,))
-        batch = torch.stack([tokens[start : start + CONTEXT_TOKENS] for start in starts])  # [B, T]
+    for _ in range(steps):
+        starts = torch.randint(len(tokens) - length, (batch,))
+        windows = torch.stack([tokens[start : start + length] for start in starts])  # [B, T]
         optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
+        model(input_ids=windows, labels=windows).loss.backward()
         optimizer.step()
-    return model.eval()

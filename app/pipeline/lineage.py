@@ -7,10 +7,11 @@ input that was deleted or made anew since is told by its digest.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from app.artifacts import GATE, Input, Manifest, find_input
+from app.config import flatten
 
 DIGITS = 12  # of a digest, in the tree
 RAW_SHOWN = 20  # raw files of one artifact
@@ -42,19 +43,6 @@ def _lines(name: str, given: Input, manifest: Manifest | None, indent: str) -> I
         yield f"{indent}    and {len(raw) - RAW_SHOWN} more"
 
 
-def flatten(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of figures in figures.
-
-    >>> list(flatten({"a": 1, "b": {"c": 2.5}}))
-    [('a', 1), ('b.c', 2.5)]
-    """
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def _short(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
@@ -84,17 +72,17 @@ def model_card(manifest: Manifest, reports: list[Manifest]) -> str:
         parts += _table("raw file", "stamp", {name: one.digest for name, one in _raw(corpus).items()})
     if tokenizer := line.get("tokenizer"):
         parts += ["## Tokenizer", "", *_table("figure", "value", tokenizer.figures)]
-    parts += ["## Training", "", *_table("figure", "value", dict(flatten(trained.figures)))]
+    parts += ["## Training", "", *_table("figure", "value", flatten(trained.figures))]
     if source:
         parts += ["## Quantization", "", f"Gate: {manifest.figures.get(GATE, 'none')}.", ""]
-        parts += _table("figure", "value", dict(flatten(manifest.figures)))
+        parts += _table("figure", "value", flatten(manifest.figures))
     wanted = {one.digest for one in (manifest, source) if one}
     for report in reports:
         subject = report.inputs.get("served", report.inputs["model"]).digest
         if subject in wanted:
             what = "this model" if subject == manifest.digest else "the model before quantization"
             title = "Parity with the endpoint" if GATE in report.figures else "Evaluation"
-            parts += [f"## {title}", "", f"Of {what}.", "", *_table("figure", "value", dict(flatten(report.figures)))]
+            parts += [f"## {title}", "", f"Of {what}.", "", *_table("figure", "value", flatten(report.figures))]
     parts += ["## Lineage", "", "```", tree(manifest), "```", ""]
     return "\n".join(parts)
 

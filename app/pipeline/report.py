@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.artifacts import GATE, Manifest
+from app.config import flatten
 from app.page import page, table
 from app.pipeline.graph import boxes_of, draw
-from app.pipeline.lineage import flatten
 
 TITLES = {
     "prepare_corpus": "Corpus",
@@ -62,7 +62,7 @@ def render(rows: Sequence[Row], made: Mapping[str, Made], error: str) -> str:
         f"<div>{draw(boxes)}</div>",
     ]
     for name, one in made.items():
-        body = one.body or f"<h1>{TITLES[name]}</h1>{table(('figure', 'value'), flatten(one.manifest.figures))}"
+        body = one.body or f"<h1>{TITLES[name]}</h1>{table(('figure', 'value'), flatten(one.manifest.figures).items())}"
         parts.append(f"<section id={name}>{body}</section>")
     return page("zero-to-one: a run", parts)
 

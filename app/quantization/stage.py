@@ -99,7 +99,7 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
         model = load_model(model_dir, dtype).to(device)
         if hasattr(model.config, "quantization_config"):
             raise ValueError(f"model_uri: {model_uri} is quantized already; name the model it was made from")
-        before = _bits_per_byte(model, tokenizer, held_out)
+        before = bits_per_byte(model, tokenizer, held_out)
         window_tokens = min(model.config.max_position_embeddings, 2048)
         windows = awq.choose_windows(documents, config.num_calibration_samples, window_tokens, config.seed)
         for group_size in config.group_sizes:
@@ -110,7 +110,7 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
                 awq.round_weights(model, group_size, config.symmetric, config.ignore)
             else:
                 awq.quantize(model, windows, group_size, config.symmetric, config.ignore)
-            after = _bits_per_byte(model, tokenizer, held_out)
+            after = bits_per_byte(model, tokenizer, held_out)
             loss_percent = round(100 * (after / before - 1), 2)
             tried[f"group_{group_size}"] = loss_percent
             verdict = judge(loss_percent, config.max_loss_percent)
@@ -133,7 +133,8 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
     }
 
 
-def _bits_per_byte(model: Any, tokenizer: Any, texts: list[str]) -> float:
+def bits_per_byte(model: Any, tokenizer: Any, texts: list[str]) -> float:
+    """Cross-entropy in bits over UTF-8 bytes, all texts together."""
     from app.models import encode, score_documents
 
     nats = sum(score_documents(model, encode(tokenizer, texts), tokenizer.eos_token_id))

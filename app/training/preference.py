@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from app.training import adapter
-
-IGNORED = -100
+from app.training.feed import IGNORED
 
 
 @dataclass(frozen=True)

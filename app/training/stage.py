@@ -28,8 +28,9 @@ from safetensors import safe_open
 
 from app import cluster, storage
 from app.artifacts import Input, Manifest, clear, find_complete, folder_input, publish, read_manifest
+from app.config import flatten
 from app.models import END_OF_TEXT
-from app.training import checkpoint, goodput, journal, ledger, parallel, report, signals
+from app.training import checkpoint, goodput, journal, ledger, parallel, record, report, signals
 from app.training.batches import PAIRS, open_plan, read_tokens
 from app.training.config import TrainConfig
 from app.training.families import refuse_unwatched
@@ -135,43 +136,14 @@ def open_run(run_uri: str, draft: Manifest, overwrite: bool) -> str:
     settings = flatten({name: value for name, value in draft.config.items() if name not in HOW_NOT_WHAT})
     settings.pop("adapter.merge", None)
     data = {name: given.digest for name, given in draft.inputs.items()}
-    record: dict[str, Any] = {"settings": settings, "data": data}
-    path = f"{run_uri}/{RECORD}"
-    if storage.exists(path):
-        with storage.open_file(path) as file:
-            found = json.load(file)
-        if found["settings"] == settings and found["data"] == data:
-            signals.forget_stop(run_uri)
-            _forget_damaged_snapshot(run_uri)
-            return str(found["name"])
-        if not overwrite:
-            raise ValueError(_difference(run_uri, found, record))
-        storage.delete(run_uri)
-    record["name"] = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-    storage.write_atomic(path, json.dumps(record, indent=1).encode())
-    return str(record["name"])
-
-
-def _difference(run_uri: str, found: dict[str, Any], record: dict[str, Any]) -> str:
-    lines = []
-    for part, word in (("data", "of other "), ("settings", "with ")):
-        before, now = found[part], record[part]
-        lines += [
-            f"{run_uri} holds a run {word}{key}: {str(before.get(key))[:16]}, now {str(now.get(key))[:16]}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-    lines.append("it cannot be resumed so: set checkpoints_uri to another folder, or --overwrite true to start again")
-    return "\n".join(lines)
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        key = f"{prefix}{name}"
-        flat |= flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return flat
+    now = {"settings": settings, "data": data}
+    if found := record.find_same(run_uri, RECORD, "checkpoints_uri", now, overwrite):
+        signals.forget_stop(run_uri)
+        _forget_damaged_snapshot(run_uri)
+        return str(found["name"])
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    record.write(run_uri, RECORD, now | {"name": name})
+    return name
 
 
 def _forget_damaged_snapshot(run_uri: str) -> None:

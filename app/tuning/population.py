@@ -2,7 +2,7 @@
 
 All members train for an interval; then each of the worst quantile takes the weights of one of the best and its values,
 perturbed. A generation is a function of the scores, the seed and its number, so a sweep that is resumed repeats it.
-It trains nothing and copies nothing; generations.py does.
+It trains nothing and copies nothing; stage.py does.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from ray.tune.search import Searcher
 
 from app import cluster, logs, storage
 from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
-from app.config import to_yaml
-from app.training import checkpoint, signals
+from app.config import flatten, to_yaml
+from app.training import checkpoint, record, signals
 from app.training import stage as training
 from app.training.config import TrainConfig
 from app.training.fork import copy_run
@@ -91,26 +91,10 @@ def _open_sweep(config: TuneConfig, draft: Manifest) -> None:
     settings = {name: value for name, value in draft.config.items() if name not in how}
     train = settings.pop("train")
     settings |= {f"train.{name}": value for name, value in train.items() if name not in training.HOW_NOT_WHAT}
-    now = {"settings": training.flatten(settings), "data": {name: one.digest for name, one in draft.inputs.items()}}
+    now = {"settings": flatten(settings), "data": {name: one.digest for name, one in draft.inputs.items()}}
     trials_uri = config.resolve(config.trials_uri)
-    path = f"{trials_uri}/{RECORD}"
-    if storage.exists(path):
-        with storage.open_file(path) as file:
-            found = json.load(file)
-        now = json.loads(json.dumps(now))
-        differ = [
-            f"{trials_uri} holds a sweep with {part} {key}: {found[part].get(key)}, now {now[part].get(key)}"
-            for part in now
-            for key in sorted(found[part].keys() | now[part].keys())
-            if found[part].get(key) != now[part].get(key)
-        ]
-        if not differ:
-            return
-        if not config.overwrite:
-            advice = "set trials_uri to another folder, or --overwrite true to start again"
-            raise ValueError("\n".join([*differ, advice]))
-        storage.delete(trials_uri)
-    storage.write_atomic(path, json.dumps(now, indent=1).encode())
+    if not record.find_same(trials_uri, RECORD, "trials_uri", now, config.overwrite):
+        record.write(trials_uri, RECORD, now)
 
 
 def _num_at_once(config: TuneConfig) -> int:

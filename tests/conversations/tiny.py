@@ -14,6 +14,7 @@ from typing import Any
 
 from app.artifacts import Manifest, publish
 from app.config import RunConfig
+from tests.tiny_trained import learn
 
 SIDES = {
     "刘备": "蜀", "关羽": "蜀", "张飞": "蜀", "赵云": "蜀", "曹操": "魏", "张辽": "魏", "许褚": "魏", "司马懿": "魏",
@@ -116,14 +117,7 @@ def write_base(tokenizer_dir: Path, folder: Path, steps: int = BASE_STEPS) -> Pa
         )
     )
     encoded = tokenizer(base_texts(), add_special_tokens=False)["input_ids"]
-    stream = torch.tensor([token for ids in encoded for token in (*ids, 0)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(steps):
-        starts = torch.randint(len(stream) - CONTEXT_TOKENS, (8,))
-        batch = torch.stack([stream[start : start + CONTEXT_TOKENS] for start in starts])  # [B, T]
-        optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
+    learn(model, [token for ids in encoded for token in (*ids, 0)], batch=8, steps=steps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     publish(Manifest.draft("model", str(folder), RunConfig(), {}), {})

@@ -35,9 +35,12 @@ class Responses:
 
 
 @pytest.fixture(name="asked")
-def asked_fixture() -> Callable[..., Any]:
+def asked_fixture(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`asked(first try's responses, second's, ...)`: what the gateway yields, and the tries that it made."""
+    from app.serving import gateway as module
     from app.serving.gateway import Gateway
+
+    monkeypatch.setattr(module, "TRY_AGAIN_SECONDS", 0.0)
 
     def asked(*tries: list[Any], operation: str = "chat", body: Any = None) -> tuple[list[Any], list[Responses]]:
         made: list[Responses] = []
