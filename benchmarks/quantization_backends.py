@@ -23,7 +23,7 @@ from competitors import random_models, smollm2
 from app.quantization.stage import OVERLAYS, OVERLAYS_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
-WINDOWS, WINDOW_TOKENS, HELD_OUT_DOCUMENTS = 16, 512, 40
+WINDOWS, WINDOW_TOKENS, HELD_OUT_DOCUMENTS = 16, 512, 12
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ class PackConfig(RunConfig):
     """Settings of `pack_tokens`."""
 
     corpus_uri: str = Field("corpus", description="corpus artifact")
-    tokenizer_uri: str = Field("tokenizer", description="tokenizer artifact")
+    tokenizer_uri: str = Field("tokenizer", description="tokenizer artifact, or the folder of the model to start from")
     output_uri: str = Field("tokens", description="where the token blocks go")
     block_tokens: int = Field(256, ge=8, description="T, tokens in a block; the context a model is trained on")
 

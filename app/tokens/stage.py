@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 import ray
 
 from app import cluster, storage
-from app.artifacts import Manifest, clear, find_complete, publish, read_manifest
+from app.artifacts import Manifest, clear, find_complete, folder_input, publish, read_manifest
 from app.documents import Document, read_file, take_in_turn
-from app.models import END_OF_TEXT
 from app.records import SPLITS, TOKEN_BLOCK
 from app.tokens import packing, tokenizer
 from app.tokens.config import PackConfig, TokenizerConfig
@@ -81,20 +80,25 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
 
 
 def run(config: PackConfig) -> Manifest:
-    """Make the tokens artifact from corpus and tokenizer. Raises ValueError when the corpus fills no block."""
+    """Make the tokens artifact from corpus and tokenizer.
+
+    Raises ValueError when the corpus fills no block, or the tokenizer has nothing to put between documents.
+    """
     uri = config.resolve(config.output_uri)
     corpus = read_manifest(config.resolve(config.corpus_uri), "corpus")
-    vocabulary = read_manifest(config.resolve(config.tokenizer_uri), "tokenizer")
-    inputs = {"corpus": corpus.as_input(), "tokenizer": vocabulary.as_input()}
-    draft = Manifest.draft("tokens", uri, config, inputs)
+    vocabulary = folder_input(config.resolve(config.tokenizer_uri), ("tokenizer", "model"), "tokenizer.json")
+    draft = Manifest.draft("tokens", uri, config, {"corpus": corpus.as_input(), "tokenizer": vocabulary})
     if done := find_complete(draft, config.overwrite):
         return done
     clear(uri)
+    with storage.local_copy(vocabulary.uri) as folder:
+        encoder = tokenizer.load(folder)
+        tokenizer.end_of_text_id(folder, encoder)  # without one it is an error now, not in the middle of the work
     cluster.connect()
     figures = {split: _pack_split(split, corpus, vocabulary.uri, config) for split in SPLITS}
     if not figures["train"]["blocks"]:
         raise ValueError(f"{corpus.uri}: the train split has fewer than block_tokens={config.block_tokens} tokens")
-    return publish(draft, {"vocab_size": vocabulary.figures["vocab_size"], **figures})
+    return publish(draft, {"vocab_size": encoder.get_vocab_size(), **figures})
 
 
 def _pack_split(split: str, corpus: Manifest, tokenizer_uri: str, config: PackConfig) -> dict[str, int]:
@@ -130,8 +134,7 @@ def pack_file(
     """
     with storage.local_copy(tokenizer_uri) as folder:
         encoder = tokenizer.load(folder)
-    end_of_text = encoder.token_to_id(END_OF_TEXT)
-    assert end_of_text is not None, f"{tokenizer_uri} has no {END_OF_TEXT}"
+        end_of_text = tokenizer.end_of_text_id(folder, encoder)
     counts = {"documents": 0, "bytes": 0, "tokens": 0}
     with _BlockFile(uris[1], block_tokens) as blocks:
         for texts in _batches(_passes(uris[0], upsampling)):

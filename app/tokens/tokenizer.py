@@ -7,6 +7,7 @@ After Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909) and GPT-2's byte l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -68,3 +69,17 @@ def load(folder: Path) -> Tokenizer:
     tokenizer: Tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def end_of_text_id(folder: Path, tokenizer: Tokenizer) -> int:
+    """What goes between documents: `<|endoftext|>`, or the end token of a tokenizer of others that has none.
+
+    Raises ValueError when it has neither.
+    """
+    found = tokenizer.token_to_id(END_OF_TEXT)
+    if found is None and (folder / "tokenizer_config.json").exists():
+        given = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token") or ""
+        found = tokenizer.token_to_id(given["content"] if isinstance(given, dict) else given)
+    if found is None:
+        raise ValueError(f"tokenizer_uri: it has no {END_OF_TEXT} and its tokenizer_config.json names no eos_token")
+    return int(found)

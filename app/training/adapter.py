@@ -7,6 +7,7 @@ export stay ours. The initial matrices are a function of the seed. Nothing here 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -108,5 +109,12 @@ def merge(model: Any) -> Any:
 
 def count(model: Any) -> tuple[int, int]:
     """Parameters that are trained, and all of them."""
-    sizes = [(int(getattr(one, "ds_numel", one.numel())), one.requires_grad) for one in model.parameters()]
+    sizes = [(num_elements(one), one.requires_grad) for one in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+
+
+def num_elements(parameter: Any) -> int:
+    """Of the whole parameter, where this rank has a shard of it under ZeRO-3, or two in each byte in 4 bits."""
+    if (packed := getattr(parameter, "quant_state", None)) is not None:
+        return math.prod(packed.shape)
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

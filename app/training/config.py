@@ -83,7 +83,10 @@ class ReplayConfig(Config):
 
 
 class AdapterConfig(Config):
-    """LoRA (Hu et al. 2021, arXiv:2106.09685): small matrices beside frozen weights are trained, not the weights."""
+    """LoRA (Hu et al. 2021, arXiv:2106.09685): small matrices beside frozen weights are trained, not the weights.
+
+    QLoRA (Dettmers et al. 2023, arXiv:2305.14314) where the frozen ones are kept in 4 bits.
+    """
 
     rank: int = Field(0, ge=0, description="of the matrices; 0: no adapter, all weights are trained")
     alpha: float = Field(16.0, gt=0, description="their output is scaled by alpha / rank")
@@ -92,6 +95,9 @@ class AdapterConfig(Config):
         ("all-linear",), min_length=1, description="names of layers that get one; all-linear: all but the output"
     )
     merge: bool = Field(False, description="write the whole model with the adapter added, not the adapter alone")
+    load_in_4bit: bool = Field(
+        False, description="keep the frozen weights in NF4 while training (QLoRA); what is merged into is whole"
+    )
 
 
 class PreferenceConfig(Config):
@@ -176,8 +182,8 @@ class TrainConfig(RunConfig):
             raise ValueError("replay.tokens_uri and replay.share belong together: set both or none")
         if self.adapter.rank and not self.init_from_uri:
             raise ValueError("adapter.rank: an adapter needs a model below it: set init_from_uri")
-        if self.adapter.merge and not self.adapter.rank:
-            raise ValueError("adapter.merge: there is no adapter to merge; set adapter.rank")
+        if (self.adapter.merge or self.adapter.load_in_4bit) and not self.adapter.rank:
+            raise ValueError("adapter.merge, adapter.load_in_4bit: there is no adapter; set adapter.rank")
         if (self.offload_optimizer == "nvme") != bool(self.nvme_dir):
             raise ValueError("offload_optimizer nvme and nvme_dir belong together: set both or none")
         return self
@@ -195,7 +201,8 @@ class TrainConfig(RunConfig):
         """Workers, steps and where the checkpoints are."""
         from app.artifacts import states  # fsspec is not needed to answer --help
 
-        what = f"LoRA of rank {self.adapter.rank} on {self.init_from_uri}" if self.adapter.rank else "all weights"
+        method = "QLoRA" if self.adapter.load_in_4bit else "LoRA"
+        what = f"{method} of rank {self.adapter.rank} on {self.init_from_uri}" if self.adapter.rank else "all weights"
         return [
             f"train {what}: {self.num_steps} steps of {self.global_batch_sequences} blocks on {self.num_workers} "
             f"workers, ZeRO-{self.zero_stage}, {self.accumulation_steps(self.num_workers)} forward passes a step",

@@ -84,7 +84,7 @@ def num_matrix_parameters(model: Any) -> int:
     skipped = None if model.config.tie_word_embeddings else embedding
     share = active_share(model)
     return sum(
-        round(_size(parameter) * (share if ".experts." in name else 1.0))
+        round(adapter.num_elements(parameter) * (share if ".experts." in name else 1.0))
         for name, parameter in model.named_parameters()
         if parameter is not skipped
     )
@@ -111,7 +111,3 @@ def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
         (decayed if is_matrix and "embed" not in name else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

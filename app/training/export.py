@@ -32,7 +32,7 @@ def save_architecture(model_config: Any, class_name: str, run_uri: str) -> None:
 def load_whole(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) -> Any:
     """The transformers model with the checkpoint's weights, on the CPU, in the dtype it is trained in.
 
-    Under an adapter, the model that it was begun on with the adapter beside its layers.
+    Under an adapter, the model that it was begun on, in 4 bits if it was, with the adapter beside its layers.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,7 +71,7 @@ def export_model(run_uri: str, manifest: CheckpointManifest, config: TrainConfig
             storage.upload(folder, uri)
             storage.write_atomic(f"{uri}/{adapter.CONFIG}", settings)
             return
-        model = load_whole(run_uri, manifest, config)
+        model = load_whole(run_uri, manifest, config.with_overrides({"adapter.load_in_4bit": False}))
         model = adapter.merge(model) if config.adapter.rank else model
         model.config.use_cache = True
         model.save_pretrained(folder)
@@ -100,7 +100,7 @@ def _save_tokenizer(config: TrainConfig, context_tokens: int, folder: Path) -> N
 
 
 def load_base(config: TrainConfig, attention: str) -> Any:
-    """The model that the run began with, under that implementation of attention."""
+    """The model that the run began with, under that implementation of attention; in 4 bits, on the device at once."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -112,7 +112,23 @@ def load_base(config: TrainConfig, attention: str) -> Any:
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            **(_in_4bit(config.dtype) if config.adapter.load_in_4bit else {}),
         )
+
+
+def _in_4bit(dtype: str) -> dict[str, Any]:
+    """NF4 with its scales quantized too, as in the paper; what is computed is computed in `dtype`."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def score_checkpoint(run_uri: str, step: int, config: TrainConfig) -> dict[str, float]:

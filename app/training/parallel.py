@@ -128,6 +128,15 @@ def _flash_attention_in_float32(config: TrainConfig, devices: Devices) -> Refusa
     return None
 
 
+def _4bit_under_zero_3(config: TrainConfig, devices: Devices) -> Refusal | None:
+    reason = "adapter.load_in_4bit: ZeRO-3 would cut the packed weights apart"
+    if config.adapter.load_in_4bit and config.offload_optimizer == "nvme":
+        return Refusal(f"{reason}, and offload_optimizer nvme needs ZeRO-3", "adapter.load_in_4bit", False)
+    if config.adapter.load_in_4bit and config.zero_stage == 3:
+        return Refusal(reason, "zero_stage", 2)
+    return None
+
+
 def _no_device_to_score_on(config: TrainConfig, devices: Devices) -> Refusal | None:
     if config.validation == "async" and config.num_workers == devices.number:
         reason = f"validation async: all {devices.number} devices are workers', so nothing is scored before the end"
@@ -142,5 +151,6 @@ _RULES: tuple[Rule, ...] = (
     _elastic_with_nvme,
     _gpu_attention_on_cpu,
     _flash_attention_in_float32,
+    _4bit_under_zero_3,
     _no_device_to_score_on,
 )

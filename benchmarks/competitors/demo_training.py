@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,12 @@ LOG = "log.txt"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def arguments(description: str | None, folder: str, runs: int = 3) -> argparse.Namespace:
-    """The command line of a benchmark of training."""
+def arguments(description: str | None, folder: str, runs: int = 3, tools: Sequence[str] = ()) -> argparse.Namespace:
+    """The command line of a benchmark of training; of one with several tools also which of them, on how many ranks."""
     parser = argparse.ArgumentParser(description=description)
+    if tools:
+        parser.add_argument("--only", nargs="+", choices=tools, default=tools, help="these alone")
+        parser.add_argument("--ranks", type=int, default=2, help="of one thread each")
     default = Path.home() / ".cache" / "zero-to-one-benchmarks" / folder
     parser.add_argument("--folder", type=Path, default=default, help="inputs and outputs")
     parser.add_argument("--runs", type=int, default=runs, help="rounds; medians are printed")
@@ -113,17 +116,20 @@ def finish(job: subprocess.Popen[str], config: TrainConfig) -> None:
         raise RuntimeError(f"training failed ({job.returncode}):\n{_tail(Path(config.storage_uri))}")
 
 
-def torchrun(script: Path, output: Path, num_processes: int, *options: str) -> list[dict[str, Any]]:
-    """Run a script on so many ranks; the JSON that each has written with `answer`, by rank.
+def torchrun(
+    script: Path, output: Path, num_processes: int, *options: str, packages: Path | None = None
+) -> list[dict[str, Any]]:
+    """Run a script on so many ranks, with a folder of further packages; the JSON that each `answer` wrote, by rank.
 
     Raises RuntimeError with the end of the log when it fails.
     """
     from app.training.stage import CPU_ENVIRONMENT  # takes Ray with it, which the ranks are free of
 
     _empty(output)
+    path = os.pathsep.join(map(str, filter(None, (ROOT, SCRIPTS.parent, packages))))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--nproc-per-node={num_processes}", str(script), str(output), *options]
-    environment = os.environ | CPU_ENVIRONMENT | OFFLINE | {"PYTHONPATH": f"{ROOT}:{SCRIPTS.parent}"}
+    environment = os.environ | CPU_ENVIRONMENT | OFFLINE | {"PYTHONPATH": path}
     with (output / LOG).open("w") as log:
         process = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     if process.returncode:

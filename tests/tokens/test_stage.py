@@ -1,5 +1,6 @@
 """Tokenizer and packing stages on the shared cluster."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,6 +45,12 @@ def test_tokens_in_are_tokens_out_plus_tail(cluster: object, tmp_path: Path) -> 
     ends = sum(row["input_ids"].count(0) for row in blocks)
     assert 80 - train["tail_tokens"] <= ends <= 80
     assert stage.run(config).figures == figures
+
+    folder = tmp_path / "model-of-others"
+    shutil.copytree(tmp_path / "tokenizer", folder)
+    (folder / "manifest.json").unlink()
+    others = config.with_overrides({"tokenizer_uri": "model-of-others", "output_uri": "tokens-for-it"})
+    assert stage.run(others).figures == figures
 
 
 def test_a_corpus_that_fills_no_block_and_a_wrong_kind_are_refused(cluster: object, tmp_path: Path) -> None:

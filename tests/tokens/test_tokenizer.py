@@ -4,7 +4,7 @@ import pytest
 import regex
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from app.models import END_OF_TEXT, SPECIAL_TOKENS
 from app.tokens import tokenizer
@@ -73,3 +73,15 @@ def test_transformers_reads_the_same_ids_and_the_chat_template(trained: Tokenize
     chat = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat == "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
     assert (theirs.eos_token, theirs.pad_token) == (END_OF_TEXT, "<|pad|>")
+
+
+def test_a_tokenizer_of_others_ends_documents_with_its_own_token(tmp_path: Path) -> None:
+    theirs = Tokenizer(models.BPE())
+    theirs.add_special_tokens(["<s>", "</s>"])
+    with pytest.raises(ValueError, match=r"has no <.endoftext.> and its tokenizer_config\.json names no eos_token"):
+        tokenizer.end_of_text_id(tmp_path, theirs)
+    for end in ('"</s>"', '{"content": "</s>"}'):
+        (tmp_path / "tokenizer_config.json").write_text(f'{{"eos_token": {end}}}')
+        assert tokenizer.end_of_text_id(tmp_path, theirs) == 1
+    theirs.add_special_tokens([END_OF_TEXT])
+    assert tokenizer.end_of_text_id(tmp_path, theirs) == 2

@@ -20,15 +20,17 @@ MATRIX: dict[str, list[Any]] = {
     "min_workers": [0, 2],
     "validation": ["inline", "async"],
     "activation_checkpointing": [False, True],
+    "adapter": [{}, {"rank": 4}, {"rank": 4, "load_in_4bit": True}],
     "model": [{}, {"architecture": "qwen3"}, MOE],
 }
 DEVICES = [Devices(), *(Devices(kind, number) for kind, number in product(("cpu", "gpu"), (2, 4, 5)))]
 
 
 def config_of(**changes: Any) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {"num_workers": 4, "nvme_dir": "/nvme" if changes.get("offload_optimizer") == "nvme" else "", **changes}
-    )
+    given: dict[str, Any] = {"num_workers": 4}
+    given["nvme_dir"] = "/nvme" if changes.get("offload_optimizer") == "nvme" else ""
+    given["init_from_uri"] = "base" if changes.get("adapter") else ""
+    return TrainConfig.model_validate(given | changes)
 
 
 @given(st.fixed_dictionaries({name: st.sampled_from(values) for name, values in MATRIX.items()}), st.data())
@@ -62,6 +64,7 @@ def test_what_is_refused_has_a_nearest_plan_that_works(chosen: dict[str, Any], d
         ({"attention": "flash_attention_2"}, Devices("cpu"), {"attention": "sdpa"}),
         ({"validation": "async"}, Devices("gpu", 4), {"validation": "inline"}),
         ({"validation": "async"}, Devices("gpu", 5), {}),
+        ({"adapter": {"rank": 4, "load_in_4bit": True}}, Devices(), {"zero_stage": 2}),
         ({"min_workers": 1, "offload_optimizer": "nvme"}, Devices("gpu", 4), {"min_workers": 0}),
     ],
 )

@@ -191,6 +191,34 @@ def test_an_adapter_run_goes_on_with_other_workers(inputs: Path, adapted: Path, 
     assert {line["world_size"] for line in log} == {1.0, 2.0}
 
 
+def test_an_adapter_is_learned_beside_weights_of_4_bits(inputs: Path, tmp_path: Path) -> None:
+    """What is reported is what the 4-bit base with the adapter scores; it is merged into the weights as they were."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    given = ADAPTER | {"adapter": ADAPTER["adapter"] | {"load_in_4bit": True}, "zero_stage": 2}
+    manifest = train(inputs, tmp_path, **given, output_uri="adapters/json")
+    reported = float(str(manifest.figures["held_out_bits_per_byte"]))
+    assert reported < 0.2 * first_loss(inputs)
+    assert float(str(manifest.figures["trainable_percent"])) <= 1  # of the weights, not of the bytes that hold them
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(inputs / "base", quantization_config=packed, device_map={"": "cpu"})
+    base.config.use_cache = False
+    scored = held_out.open_all(TrainConfig.model_validate(settings(inputs, inputs)))
+    assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert held_out.score(scored, base, 8)["held_out_bits_per_byte"] > 5 * reported
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapters" / "json")
+    assert held_out.score(scored, adapted, 8)["held_out_bits_per_byte"] == pytest.approx(reported, abs=1e-4)
+    train(inputs, tmp_path, **given | {"adapter": given["adapter"] | {"merge": True}}, output_uri="merged")
+    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", inputs / "base"))
+    assert {name for name in one if not torch.equal(one[name], other[name])} == {
+        name for name in one if name.endswith("_proj.weight")
+    }
+
+
 def test_preferences_are_learned_and_told_right(inputs: Path, whole: Path, tmp_path: Path) -> None:
     """Begun on the tuned model; what was never seen is told right far more often than by chance."""
     given = {**ADAPTER, "tokens_uri": f"{inputs}/preferences", "init_from_uri": f"{whole}/model"}
