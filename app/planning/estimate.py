@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from app.training.config import ModelConfig, TrainConfig
-from app.training.sizes import Parameters, count_parameters, flops_per_token
+from app.training.sizes import Parameters, chunk_tokens, count_parameters, flops_per_token, seen_tokens
 
 GIB = 1 << 30
 _LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters and sub_group_size
@@ -115,10 +115,12 @@ def _layer_bytes(config: TrainConfig, shape: Shape) -> float:
     size, model = _element_bytes(config), config.model
     width, queries = model.hidden_size, model.num_heads * model.head_width
     keys = model.num_key_value_heads * model.head_width
-    norms = 2 * width * (4 + 2 * size)  # the float32 input, the normalised, the result that the linear layers read
-    attention = size * (2 * queries + 2 * keys) + 4 * model.num_heads  # q, k, v, the result, its log-sum-exp
+    kept = 4 if model.architecture == "olmo3" else size  # of what is normalised: it is weighted in float32
+    norms = 2 * width * (4 + kept + size)  # the float32 input, the normalised, the result that the linear layers read
+    attention = float(size * (2 * queries + 2 * keys) + 4 * model.num_heads)  # q, k, v, the result, its log-sum-exp
+    attention += _chunk_bytes(config, shape) / model.num_layers
     if model.architecture != "llama":
-        attention += (queries + keys) * (4 + size)
+        attention += (queries + keys) * (4 + kept)
     if config.attention == "eager":
         attention += model.num_heads * shape.block_tokens * (4 + size)  # float32 softmax and its copy
     if not model.num_experts:
@@ -128,11 +130,27 @@ def _layer_bytes(config: TrainConfig, shape: Shape) -> float:
     return norms + attention + model.experts_per_token * each + routing
 
 
+def _chunk_bytes(config: TrainConfig, shape: Shape) -> float:
+    """What all layers with a window keep of one token beyond those without, computed by chunks: local_attention.py.
+
+    A chunk's keys and values with those before it, the last chunk filled up, the result once more in order, one mask.
+    """
+    size, model, window = _element_bytes(config), config.model, config.model.sliding_window_tokens
+    if config.attention != "sdpa" or not model.num_local_layers or window >= shape.block_tokens:
+        return 0.0
+    queries, keys = model.num_heads * model.head_width, model.num_key_value_heads * model.head_width
+    chunk = chunk_tokens(window)
+    filled = -(-shape.block_tokens // chunk) * chunk / shape.block_tokens
+    again = queries * (2 * filled - 1) + 2 * keys * (filled * (1 + window / chunk) - 1)
+    return size * (model.num_local_layers * again + filled * (window + chunk))
+
+
 def training_flops(config: TrainConfig, shape: Shape) -> float:
     """FLOPs of one token, forward and backward."""
     model = config.model
     multiplied = count_parameters(model, shape.vocab_size).multiplied
-    return flops_per_token(multiplied, model.num_layers, model.num_heads * model.head_width, shape.block_tokens)
+    seen = seen_tokens(shape.block_tokens, model.num_layers, model.num_local_layers, model.sliding_window_tokens)
+    return flops_per_token(multiplied, model.num_layers, model.num_heads * model.head_width, seen)
 
 
 def training_days(flops: float, num_devices: int, peak_flops: float, mfu: float) -> float:

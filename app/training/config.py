@@ -11,10 +11,12 @@ from app.config import Config, RunConfig
 
 
 class ModelConfig(Config):
-    """A decoder of one of three families; vocabulary and context come from the tokens artifact."""
+    """A decoder of one of four families; vocabulary and context come from the tokens artifact."""
 
-    architecture: Literal["llama", "qwen3", "qwen3_moe"] = Field(
-        "llama", description="qwen3: queries and keys are normalised; qwen3_moe: a mixture of experts in every layer"
+    architecture: Literal["llama", "qwen3", "qwen3_moe", "olmo3"] = Field(
+        "llama",
+        description="qwen3: queries and keys are normalised; qwen3_moe: a mixture of experts in every layer; olmo3: "
+        "layers may see a window only",
     )
     hidden_size: int = Field(256, ge=32, description="width of the residual stream")
     intermediate_size: int = Field(768, ge=32, description="width of the SwiGLU layer; qwen3_moe does not use it")
@@ -29,6 +31,12 @@ class ModelConfig(Config):
     moe_intermediate_size: int = Field(0, ge=0, description="width of one expert's SwiGLU layer; for qwen3_moe")
     router_aux_loss_coefficient: float = Field(1e-3, ge=0, description="weight of the loss that evens out expert load")
     norm_topk_prob: bool = Field(True, description="the weights of a token's experts sum to 1")
+    sliding_window_tokens: int = Field(
+        0, ge=0, description="a token sees itself and those before it, so many in all; 0: all before it. For olmo3"
+    )
+    global_every: int = Field(
+        0, ge=0, description="with a window: every n-th layer sees all the same, as the last of n; 0: none does"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -50,6 +58,24 @@ class ModelConfig(Config):
                 "num_experts"
             )
         return self
+
+    @model_validator(mode="after")
+    def _windows_belong(self) -> ModelConfig:
+        if self.sliding_window_tokens and self.architecture != "olmo3":
+            raise ValueError(
+                f"sliding_window_tokens needs architecture olmo3 (it is {self.architecture}): of a llama or qwen3 with "
+                "windows in some layers transformers and vLLM compute different answers"
+            )
+        if self.global_every and not self.sliding_window_tokens:
+            raise ValueError("global_every needs sliding_window_tokens: without a window every layer sees all")
+        return self
+
+    @property
+    def num_local_layers(self) -> int:
+        """Layers that see a window only."""
+        if not self.sliding_window_tokens:
+            return 0
+        return self.num_layers - (self.num_layers // self.global_every if self.global_every else 0)
 
     @property
     def head_width(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from app.training import adapter
 from app.training.config import TrainConfig
 from app.training.export import load_base
-from app.training.families import active_share, architecture
+from app.training.families import active_share, architecture, use_windows
 from app.training.zero import deepspeed_config
 
 
@@ -92,6 +92,7 @@ def num_matrix_parameters(model: Any) -> int:
 
 def _pretrained(config: TrainConfig, shape: Mapping[str, int]) -> Any:
     model = load_base(config, config.attention)
+    use_windows(model.config)
     for name, needed, has in (
         ("vocabulary", shape["vocab_size"], model.config.vocab_size),
         ("context", shape["block_tokens"], model.config.max_position_embeddings),

@@ -1,7 +1,8 @@
 """The model families: a config of ours as a transformers config, and what of a model is a mixture of experts.
 
-Llama (Touvron et al. 2023, arXiv:2302.13971), Qwen3 and Qwen3-MoE (Yang et al. 2025, arXiv:2505.09388). A folder in
-the Hugging Face layout may hold others; a mixture of experts must be one whose routers experts.py can watch.
+Llama (Touvron et al. 2023, arXiv:2302.13971), Qwen3 and Qwen3-MoE (Yang et al. 2025, arXiv:2505.09388), and Olmo 3
+(Team Olmo 2025, arXiv:2512.13961), whose layers may see a window only. A folder in the Hugging Face layout may hold
+others; a mixture of experts must be one whose routers experts.py can watch.
 It makes no weights; engine.py does.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from app.training.config import TrainConfig
+from app.training import local_attention
+from app.training.config import ModelConfig, TrainConfig
 
 WATCHED = ("mixtral", "qwen2_moe", "qwen3_moe")  # their routers return logits [tokens, experts] and the chosen experts
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as the families call it
@@ -18,18 +20,11 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as th
 
 def architecture(config: TrainConfig, shape: Mapping[str, int]) -> Any:
     """The transformers config of a fresh model; `shape` holds vocab_size, block_tokens and end_of_text_id."""
-    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+    from transformers import LlamaConfig, Olmo3Config, Qwen3Config, Qwen3MoeConfig
 
     model = config.model
-    families = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
-    experts = {
-        "num_experts": model.num_experts,
-        "num_experts_per_tok": model.experts_per_token,
-        "moe_intermediate_size": model.moe_intermediate_size,
-        "router_aux_loss_coef": model.router_aux_loss_coefficient,
-        "norm_topk_prob": model.norm_topk_prob,
-    }
-    return families[model.architecture](
+    families = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig, "olmo3": Olmo3Config}
+    made = families[model.architecture](
         vocab_size=shape["vocab_size"],
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
@@ -38,13 +33,51 @@ def architecture(config: TrainConfig, shape: Mapping[str, int]) -> Any:
         num_key_value_heads=model.num_key_value_heads,
         head_dim=model.head_width,
         max_position_embeddings=shape["block_tokens"],
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=model.tie_embeddings,
         bos_token_id=shape["end_of_text_id"],
         eos_token_id=shape["end_of_text_id"],
         attn_implementation=config.attention,
-        **(experts if model.num_experts else {}),
+        **_layers(model, shape["block_tokens"]),
+        **_experts(model),
     )
+    use_windows(made)
+    return made
+
+
+def use_windows(model_config: Any) -> None:
+    """Have a transformers config with windows in it computed by chunks where it is to use SDPA, which masks them."""
+    windows = "sliding_attention" in (getattr(model_config, "layer_types", None) or ())
+    if model_config.model_type == "olmo3" and windows and model_config._attn_implementation == "sdpa":
+        model_config._attn_implementation = local_attention.register()
+
+
+def _layers(model: ModelConfig, block_tokens: int) -> dict[str, Any]:
+    """What the layers see, and their positions."""
+    rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if model.architecture != "olmo3":
+        return {"rope_parameters": rope}
+    every = model.global_every or model.num_layers + 1
+    if not model.sliding_window_tokens:
+        every = 1
+    kinds = ["sliding_attention" if layer % every else "full_attention" for layer in range(1, model.num_layers + 1)]
+    return {
+        "layer_types": kinds,
+        "sliding_window": model.sliding_window_tokens or block_tokens + 1,  # transformers wants one in any case
+        "rope_parameters": {kind: dict(rope) for kind in ("sliding_attention", "full_attention")},
+        "pad_token_id": None,
+    }
+
+
+def _experts(model: ModelConfig) -> dict[str, Any]:
+    if not model.num_experts:
+        return {}
+    return {
+        "num_experts": model.num_experts,
+        "num_experts_per_tok": model.experts_per_token,
+        "moe_intermediate_size": model.moe_intermediate_size,
+        "router_aux_loss_coef": model.router_aux_loss_coefficient,
+        "norm_topk_prob": model.norm_topk_prob,
+    }
 
 
 def num_experts(model_config: Any) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from app.training.config import ModelConfig
 
+_SMALLEST_CHUNK = 64  # a batch of smaller ones has more overhead than it saves
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -53,7 +55,7 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> Parameters:
     width, layers = model.hidden_size, model.num_layers
     queries, keys = model.num_heads * model.head_width, model.num_key_value_heads * model.head_width
     one_expert = 3 * width * model.moe_intermediate_size  # gate, up and down
-    head_norms = 0 if model.architecture == "llama" else 2 * model.head_width  # of queries and keys
+    head_norms = {"llama": 0, "olmo3": queries + keys}.get(model.architecture, 2 * model.head_width)
     return Parameters(
         embedding=vocab_size * width,
         head=0 if model.tie_embeddings else vocab_size * width,
@@ -66,12 +68,36 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> Parameters:
     )
 
 
-def flops_per_token(num_multiplied_parameters: int, num_layers: int, attention_width: int, block_tokens: int) -> float:
+def flops_per_token(num_multiplied_parameters: int, num_layers: int, attention_width: int, seen: float) -> float:
     """Forward and backward, 6 N + 12 L Q T: PaLM, appendix B (arXiv:2204.02311); recomputation is not counted.
 
-    Q is the heads' number times their width, mostly the hidden size.
+    Q is the heads' number times their width, mostly the hidden size; T is the length of a block, or its `seen_tokens`.
 
     >>> flops_per_token(7_000_000, 6, 256, 1024)
     60874368.0
     """
-    return 6.0 * num_multiplied_parameters + 12.0 * num_layers * attention_width * block_tokens
+    return 6.0 * num_multiplied_parameters + 12.0 * num_layers * attention_width * seen
+
+
+def seen_tokens(block_tokens: int, num_layers: int, num_local_layers: int, window: int) -> float:
+    """Length of a block as attention meets it, the mean over layers, by PaLM's count.
+
+    That count takes a causal layer for one that sees the block to both sides, so a window counts twice itself, and
+    never more than the block.
+
+    >>> seen_tokens(4096, 4, 3, 512)
+    1792.0
+    """
+    local = min(block_tokens, 2 * window)
+    return (num_local_layers * local + (num_layers - num_local_layers) * block_tokens) / num_layers
+
+
+def chunk_tokens(window: int) -> int:
+    """Queries that attention to a window takes at once, each chunk with the W + C keys that its window reaches.
+
+    Half the window, so that no more than a third of the scores is in vain.
+
+    >>> [chunk_tokens(window) for window in (4, 100, 512)]
+    [4, 64, 256]
+    """
+    return min(window, max(_SMALLEST_CHUNK, window // 2))

@@ -32,7 +32,7 @@ from app.training.ledger import Rewind, data_step_of, skipped_windows
 from app.training.meters import CommunicationClock, measure_communication, peak_flops
 from app.training.sampler import Plan
 from app.training.signals import Signals
-from app.training.sizes import flops_per_token
+from app.training.sizes import flops_per_token, seen_tokens
 from app.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -319,7 +319,10 @@ def _workload(config: TrainConfig, model: Any, block_tokens: int, use_gpu: bool)
     shape = model.config
     head_width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     attention_width = shape.num_attention_heads * head_width
-    per_token = flops_per_token(num_matrix_parameters(model), shape.num_hidden_layers, attention_width, block_tokens)
+    num_layers, kinds = shape.num_hidden_layers, getattr(shape, "layer_types", None) or []
+    local = kinds.count("sliding_attention")
+    seen = seen_tokens(block_tokens, num_layers, local, shape.sliding_window if local else 0)
+    per_token = flops_per_token(num_matrix_parameters(model), num_layers, attention_width, seen)
     return Workload(config.global_batch_sequences * block_tokens, per_token, peak_flops(use_gpu))
 
 

@@ -70,7 +70,7 @@ def random_model(seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
     heads = draw.choice([1, 2, 4])
     model: dict[str, Any] = {
-        "architecture": draw.choice(["llama", "qwen3", "qwen3_moe"]),
+        "architecture": draw.choice(["llama", "qwen3", "qwen3_moe", "olmo3"]),
         "hidden_size": 32 * heads,
         "intermediate_size": 32 * draw.randint(1, 5),
         "num_layers": draw.randint(1, 4),
@@ -115,8 +115,11 @@ def test_parameters_are_those_of_transformers(seed: int) -> None:
         {},
         {"architecture": "qwen3", "num_key_value_heads": 2},
         {"architecture": "qwen3_moe", "num_experts": 8, "experts_per_token": 2, "moe_intermediate_size": 96},
+        {"architecture": "olmo3"},
+        {"architecture": "olmo3", "sliding_window_tokens": 64, "global_every": 3},
+        {"architecture": "olmo3", "sliding_window_tokens": 24},
     ],
-    ids=["llama", "qwen3", "qwen3_moe"],
+    ids=["llama", "qwen3", "qwen3_moe", "olmo3", "local and global", "local"],
 )
 def test_activations_are_what_autograd_keeps(dtype: str, family: dict[str, Any]) -> None:
     import torch
@@ -196,6 +199,13 @@ def test_the_score_matrix_counts_where_it_is_kept() -> None:
         activation_bytes_per_token(train_of(attention=name), Shape(32_000, 4096)) for name in ("sdpa", "eager")
     )
     assert eager - sdpa == 32 * 32 * 4096 * 6
+
+
+def test_a_window_takes_its_share_of_the_flops() -> None:
+    dense = {"architecture": "olmo3", "hidden_size": 512, "num_layers": 8, "num_heads": 8}
+    windows = train_of(dense | {"sliding_window_tokens": 256, "global_every": 4})
+    saved = training_flops(train_of(dense), Shape(6000, 4096)) - training_flops(windows, Shape(6000, 4096))
+    assert saved == 12 * 6 * 512 * (4096 - 2 * 256)
 
 
 def test_time_and_storage() -> None:

@@ -31,18 +31,33 @@ SIZES: dict[str, Any] = {
 
 
 def write_model(folder: Path, family: str) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from app.tokens import tokenizer as bpe
 
     torch.manual_seed(0)
-    if family == "qwen3":
+    if family.startswith("olmo3"):
+        model = AutoModelForCausalLM.from_config(windowed(2 if "global" in family else 0))
+    elif family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
     else:
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts))
     model.save_pretrained(folder)
     bpe.save(bpe.train([TEXT] * 2, VOCABULARY, 2), folder)
+
+
+def windowed(global_every: int) -> Any:
+    """The config that training makes: a window that the longer prompts exceed."""
+    from app.training.config import TrainConfig
+    from app.training.families import architecture
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_layers": 4, "num_heads": 4, "num_key_value_heads": 2}
+    windows = {"architecture": "olmo3", "sliding_window_tokens": 32, "global_every": global_every}
+    config = TrainConfig.model_validate({"model": sizes | windows})
+    made = architecture(config, {"vocab_size": VOCABULARY, "block_tokens": 256, "end_of_text_id": 0})
+    made.initializer_range = 0.1
+    return made
 
 
 def answers(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], dict[int, float]]]:
@@ -58,7 +73,7 @@ def answers(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], dic
     ]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "olmo3 local", "olmo3 local and global"])
 def test_greedy_answers_and_logprobs_are_those_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
