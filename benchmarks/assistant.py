@@ -202,7 +202,8 @@ def main() -> None:
     results, speed = measure(given.folder)
     base, lora, _, whole, whole_replay, _ = results
     print(random_models.machine())
-    print(f"{ORDERS} orders, {HELD_OUT:.0%} held out; {STEPS} steps of {STEP_BLOCKS} blocks of {BLOCK_TOKENS} tokens")
+    work = f"{STEPS} steps of {STEP_BLOCKS} blocks of {BLOCK_TOKENS} tokens, one run"
+    print(f"{ORDERS} orders, {HELD_OUT:.0%} held out; {work}")
     print(f"{'':26}{'trained':>9}{'nats a token':>14}{'right':>8}{'prose, bits/byte':>18}{'s a step':>10}")
     for one in results:
         change = f"{one.prose:.4f} ({100 * (one.prose / base.prose - 1):+.1f} %)"

@@ -137,6 +137,26 @@ def torchrun(
     return [json.loads((output / f"rank-{rank}.json").read_text()) for rank in range(num_processes)]
 
 
+def trainer_arguments(config: TrainConfig) -> dict[str, Any]:
+    """What transformers' Trainer, and those made from it, have the same as ours; nothing is logged or saved."""
+    optimizer = config.optimizer
+    return {
+        "use_cpu": True,
+        "max_steps": config.num_steps,
+        "optim": "adamw_torch",
+        "learning_rate": optimizer.learning_rate,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "max_grad_norm": optimizer.gradient_clipping,
+        "seed": config.seed,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 def is_rank() -> bool:
     """Whether torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ

@@ -41,27 +41,14 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
 def arguments(config: TrainConfig, output: Path, world_size: int) -> TrainingArguments:
     """Trainer's settings, the same as ours where it has them."""
-    optimizer = config.optimizer
     return TrainingArguments(
         output_dir=str(output),
-        use_cpu=True,
         deepspeed=deepspeed_config(config, world_size, use_gpu=False),
-        max_steps=config.num_steps,
         per_device_train_batch_size=config.micro_batch_sequences,
         gradient_accumulation_steps=config.accumulation_steps(world_size),
         train_sampling_strategy="sequential",
-        optim="adamw_torch",
-        learning_rate=optimizer.learning_rate,
         lr_scheduler_type="constant",
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        max_grad_norm=optimizer.gradient_clipping,
-        seed=config.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **demo_training.trainer_arguments(config),
     )
 
 

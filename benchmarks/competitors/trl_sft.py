@@ -39,34 +39,21 @@ def arguments(config: TrainConfig, output: Path, batch: int) -> SFTConfig:
     optimizer = config.optimizer
     return SFTConfig(
         output_dir=str(output),
-        use_cpu=True,
         bf16=False,
-        max_steps=config.num_steps,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=1,
         gradient_checkpointing=False,
         completion_only_loss=True,
-        max_length=config_tokens(config),
-        optim="adamw_torch",
-        learning_rate=optimizer.learning_rate,
+        max_length=block_tokens_of(config),
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": optimizer.final_learning_rate_ratio},
         warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        max_grad_norm=optimizer.gradient_clipping,
-        seed=config.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_num_workers=0,
         ddp_find_unused_parameters=False,
+        **demo_training.trainer_arguments(config),
     )
 
 
-def config_tokens(config: TrainConfig) -> int:
+def block_tokens_of(config: TrainConfig) -> int:
     """T of ours: the longest conversation."""
     from app.artifacts import read_manifest
 
