@@ -1,4 +1,4 @@
-"""What one accelerator can do and hold, by its name: dense 16-bit FLOP/s and memory, from the vendors' data sheets.
+"""What one accelerator can do and hold, by its name: dense 16-bit FLOP/s, FP8, memory; from the vendors' data sheets.
 
 Training reads it for the MFU, planning for what fits. It looks at no machine.
 """
@@ -29,6 +29,7 @@ PEAK_FLOPS = {  # dense, of one device, from the vendors' data sheets; the first
     "RTX 3090": 71e12,
     "V100": 125e12,  # float16: it has no bfloat16
 }
+WITHOUT_FLOAT8 = frozenset({"A100", "A800", "A40", "A30", "A10G", "A10", "3090", "V100", "P100", "T4", "P4", "K80"})
 MEMORY_GIB = {  # what the driver shows, which is a little less than the name says
     "A100-40GB": 40.0,
     "A100-80GB": 80.0,
@@ -44,5 +45,18 @@ def published_flops(device_name: str) -> float:
     >>> published_flops("NVIDIA A100-SXM4-80GB"), published_flops("NVIDIA H20"), published_flops("Tesla T4")
     (312000000000000.0, 148000000000000.0, 0.0)
     """
-    words = set(re.split(r"[\s-]+", device_name.upper()))
+    words = _words(device_name)
     return next((flops for name, flops in PEAK_FLOPS.items() if words.issuperset(name.upper().split())), 0.0)
+
+
+def has_float8(device_name: str) -> bool:
+    """Whether its matrix products take FP8, by the name that CUDA or Ray gives it; of an unknown one: yes.
+
+    >>> has_float8("NVIDIA A100-SXM4-80GB"), has_float8("H100"), has_float8("NVIDIA L4")
+    (False, True, True)
+    """
+    return _words(device_name).isdisjoint(WITHOUT_FLOAT8)
+
+
+def _words(device_name: str) -> set[str]:
+    return set(re.split(r"[\s-]+", device_name.upper()))

@@ -179,6 +179,11 @@ class TrainConfig(RunConfig):
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where its states are kept")
     nvme_dir: str = Field("", description="folder on a fast local disk, for offload_optimizer nvme")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 for GPUs; it is slow on most CPUs")
+    float8: Literal["none", "tensorwise", "rowwise"] = Field(
+        "none",
+        description="products of linear layers in FP8, a scale for each tensor or for each row; for Ada, Hopper and "
+        "later, with compile; on a CPU its numbers alone",
+    )
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool = Field(False, description="torch.compile the model; needs a C++ compiler on CPUs")
     seed: int = Field(0, ge=0, description="of initial weights and data order")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.training import adapter
+from app.training import adapter, float8
 from app.training.config import TrainConfig
 from app.training.export import load_base
 from app.training.families import active_share, architecture, use_windows
@@ -34,6 +34,8 @@ def build(config: TrainConfig, shape: Mapping[str, int], world_size: int, use_gp
     model.config.use_cache = False
     if config.adapter.rank:
         adapter.add(model, config.adapter, config.seed)
+    if config.float8 != "none":
+        float8.convert(model, config.float8, emulate=not use_gpu)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(

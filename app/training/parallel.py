@@ -20,6 +20,7 @@ class Devices:
 
     kind: Literal["any", "cpu", "gpu"] = "any"
     number: int = 0
+    has_float8: bool = True  # of GPUs: that their chips multiply in 8 bits
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,25 @@ def _4bit_under_zero_3(config: TrainConfig, devices: Devices) -> Refusal | None:
     return None
 
 
+def _float8(config: TrainConfig, devices: Devices) -> Refusal | None:
+    what, on_gpus = f"float8 {config.float8}", devices.kind == "gpu"
+    if config.float8 == "none":
+        return None
+    if on_gpus and not devices.has_float8:
+        reason = f"{what}: these GPUs have no FP8 (A100 and older have not); bfloat16 is what they compute in"
+        return Refusal(reason, "float8", "none")
+    if config.adapter.rank:
+        return Refusal(f"{what}: the weights below an adapter are not converted", "float8", "none")
+    if config.model.num_experts and not config.init_from_uri:
+        return Refusal(f"{what}: experts are no linear layers: most of a mixture would stay as it is", "float8", "none")
+    if on_gpus and config.dtype == "float32":
+        return Refusal(f"{what}: on GPUs the rest is computed in 16 bits", "dtype", "bfloat16")
+    if config.zero_stage == 3 and not config.activation_checkpointing:
+        reason = f"{what} under ZeRO-3: all gathered weights would be kept until the backward pass"
+        return Refusal(reason, "activation_checkpointing", True)
+    return None
+
+
 def _no_device_to_score_on(config: TrainConfig, devices: Devices) -> Refusal | None:
     if config.validation == "async" and config.num_workers == devices.number:
         reason = f"validation async: all {devices.number} devices are workers', so nothing is scored before the end"
@@ -152,5 +172,6 @@ _RULES: tuple[Rule, ...] = (
     _gpu_attention_on_cpu,
     _flash_attention_in_float32,
     _4bit_under_zero_3,
+    _float8,
     _no_device_to_score_on,
 )

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from app import cluster, storage
 from app.artifacts import Input, Manifest, clear, find_complete, folder_input, publish, read_manifest
 from app.config import flatten
+from app.devices import has_float8
 from app.models import END_OF_TEXT
 from app.training import checkpoint, goodput, journal, ledger, parallel, record, report, signals
 from app.training.batches import PAIRS, open_plan, read_tokens
@@ -50,6 +51,7 @@ CPU_ENVIRONMENT = {
 }
 RECORD = "run.json"  # settings and data of the run that a folder holds
 RAY_RECORD = "checkpoint_manager_snapshot.json"
+_TYPE = "accelerator_type:"  # Ray has a resource of that name and the GPU's
 STOPPED = 143  # exit code after SIGTERM
 HOW_NOT_WHAT = {  # settings that a run may go on with when they have changed
     "storage_uri", "overwrite", "tokens_uri", "tokenizer_uri", "checkpoints_uri", "output_uri", "num_workers",
@@ -99,7 +101,9 @@ def run(config: TrainConfig) -> Manifest:
 
 def _devices(use_gpu: bool) -> parallel.Devices:
     kind: Literal["gpu", "cpu"] = "gpu" if use_gpu else "cpu"
-    return parallel.Devices(kind, int(ray.cluster_resources().get(kind.upper(), 0)))
+    resources = ray.cluster_resources()
+    types = [name.removeprefix(_TYPE) for name in resources if name.startswith(_TYPE)]
+    return parallel.Devices(kind, int(resources.get(kind.upper(), 0)), all(map(has_float8, types)))
 
 
 def read_inputs(config: TrainConfig) -> dict[str, Input]:

@@ -61,6 +61,15 @@ def test_the_loss_does_not_depend_on(plain: Path, continued: Path, tmp_path: Pat
     assert figures[1]["held_out_bits_per_byte"] == pytest.approx(figures[0]["held_out_bits_per_byte"], abs=2e-4)
 
 
+def test_products_in_8_bits_cost_little(plain: Path, continued: Path, tmp_path: Path) -> None:
+    changes = {"float8": "tensorwise", "activation_checkpointing": True}
+    stage.run(TrainConfig.model_validate(config_of(plain, tmp_path, **SHORT, **changes, **from_weights(plain))))
+    assert losses(tmp_path) != pytest.approx(losses(continued), rel=1e-5)  # rounded, or nothing is tested
+    assert losses(tmp_path) == pytest.approx(losses(continued), rel=0.01)
+    figures = [read_manifest(f"{root}/model", "model").figures for root in (continued, tmp_path)]
+    assert figures[1]["held_out_bits_per_byte"] == pytest.approx(figures[0]["held_out_bits_per_byte"], rel=0.01)
+
+
 def test_continued_pretraining_with_replay(plain: Path, tmp_path: Path) -> None:
     """From a Hugging Face folder, on new text with a quarter of the old; a Ray task scores both while it trains."""
     tokenizer = read_manifest(f"{plain}/tokenizer", "tokenizer")

@@ -20,10 +20,12 @@ MATRIX: dict[str, list[Any]] = {
     "min_workers": [0, 2],
     "validation": ["inline", "async"],
     "activation_checkpointing": [False, True],
+    "float8": ["none", "tensorwise"],
     "adapter": [{}, {"rank": 4}, {"rank": 4, "load_in_4bit": True}],
     "model": [{}, {"architecture": "qwen3"}, MOE],
 }
 DEVICES = [Devices(), *(Devices(kind, number) for kind, number in product(("cpu", "gpu"), (2, 4, 5)))]
+DEVICES += [Devices("gpu", 4, has_float8=False)]
 
 
 def config_of(**changes: Any) -> TrainConfig:
@@ -65,6 +67,10 @@ def test_what_is_refused_has_a_nearest_plan_that_works(chosen: dict[str, Any], d
         ({"validation": "async"}, Devices("gpu", 4), {"validation": "inline"}),
         ({"validation": "async"}, Devices("gpu", 5), {}),
         ({"adapter": {"rank": 4, "load_in_4bit": True}}, Devices(), {"zero_stage": 2}),
+        ({"float8": "tensorwise"}, Devices("cpu", 4), {"activation_checkpointing": True}),
+        ({"float8": "rowwise", "zero_stage": 0}, Devices("gpu", 4), {"dtype": "bfloat16", "zero_stage": 1}),
+        ({"float8": "rowwise", "dtype": "bfloat16"}, Devices("gpu", 4, has_float8=False), {"float8": "none"}),
+        ({"float8": "tensorwise", "model": MOE}, Devices("cpu", 4), {"float8": "none"}),
         ({"min_workers": 1, "offload_optimizer": "nvme"}, Devices("gpu", 4), {"min_workers": 0}),
     ],
 )

@@ -1,0 +1,211 @@
+"""Layers that see a window beside layers that see all, of the same Olmo 3: training time, prefill time, bits per byte.
+
+Every fourth layer sees all the tokens before, and in one row only the last of eight; the others the last 256. Forward
+and backward pass of one attention and of the whole model run here, on one thread, turn by turn; prefill is vLLM's, by
+its own count of the seconds to the first token, each model in a process of its own. `--train` also trains the pair on
+the demo's text in blocks of 2048 tokens and prints the cost in held-out bits per byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from competitors import demo_corpus, demo_training, random_models
+
+LENGTHS = (4096, 8192)
+VOCAB_SIZE = 6000
+WINDOW = 256
+SIZES = {
+    "architecture": "olmo3", "hidden_size": 256, "intermediate_size": 768, "num_layers": 8, "num_heads": 8,
+    "num_key_value_heads": 4, "tie_embeddings": False,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "all see all": SIZES,
+    "every 4th sees all": SIZES | {"sliding_window_tokens": WINDOW, "global_every": 4},
+    "every 8th sees all": SIZES | {"sliding_window_tokens": WINDOW, "global_every": 8},
+}
+DENSE, SPARSE = list(MODELS)[:2]
+AIM_SPEED, AIM_COST = 2.3, 1.0
+STEPS, BLOCK_TOKENS, TRAIN_WINDOW = 200, 2048, 256
+CACHE_BYTES = 1 << 30
+
+
+def make(model: dict[str, Any], length: int) -> Any:
+    """Fresh weights in float32, as the training stage makes them."""
+    import torch
+
+    from app.training.config import TrainConfig
+    from app.training.engine import fresh_model
+
+    torch.manual_seed(0)
+    config = TrainConfig.model_validate({"model": model})
+    made = fresh_model(config, {"vocab_size": VOCAB_SIZE, "block_tokens": length, "end_of_text_id": 0})
+    made.config.use_cache = False
+    return made.train()
+
+
+def attention(length: int, window: int) -> Callable[[], None]:
+    """Forward and backward of one attention of the models' shape, over all or within a window."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from app.training.local_attention import attend, chunk_mask
+
+    heads, shared, width = 8, 4, 32
+    query, key, value = (
+        torch.randn(1, number, length, width, requires_grad=True) for number in (heads, shared, shared)
+    )
+    mask = chunk_mask(lambda _, __, queries, keys: queries - keys < window, 1, length, window) if window else None
+
+    def run() -> None:
+        if mask is None:
+            out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        else:
+            out = attend(query, key, value, mask)
+        out.sum().backward()
+
+    return run
+
+
+def whole(model: dict[str, Any], length: int) -> Callable[[], None]:
+    """Forward and backward of a model on one block."""
+    import torch
+
+    made = make(model, length)
+    ids = torch.randint(0, VOCAB_SIZE, (1, length))
+
+    def run() -> None:
+        made(input_ids=ids, labels=ids).loss.backward()
+        made.zero_grad()
+
+    return run
+
+
+def compare(kinds: dict[str, Callable[[], None]], runs: int) -> dict[str, float]:
+    """Median seconds of each, turn by turn, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(runs + 1):
+        for name, run in kinds.items():
+            began = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def show(what: str, length: int, found: dict[str, float]) -> float:
+    """A row for each kind; how many times faster the one with windows in three of four layers is."""
+    dense = next(iter(found.values()))
+    for name, seconds in found.items():
+        print(f"{what:22} {length:7} {name:20} {seconds:9.3f} {dense / seconds:7.2f}", flush=True)
+    return dense / list(found.values())[1]
+
+
+def prefill(folder: Path, name: str, runs: int) -> dict[str, float]:
+    """Median seconds to the first token at each length, in a process of its own."""
+    path = folder / name.replace(" ", "-")
+    if not (path / "config.json").exists():
+        make(MODELS[name], max(LENGTHS)).save_pretrained(path)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(demo_training.ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    command = [sys.executable, __file__, "--child", str(path), "--runs", str(runs)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure_prefill(folder: str, runs: int) -> dict[str, float]:
+    """What the child does."""
+    import random
+
+    import vllm
+
+    model = vllm.LLM(
+        folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=max(LENGTHS),
+        max_num_seqs=1, max_num_batched_tokens=2048, kv_cache_memory_bytes=CACHE_BYTES, enable_prefix_caching=False,
+    )  # fmt: skip
+    options = vllm.SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+    generator, found = random.Random(0), {}
+    for length in LENGTHS:
+        taken = []
+        for _ in range(runs + 1):
+            prompt = {"prompt_token_ids": [generator.randrange(10, VOCAB_SIZE) for _ in range(length - 1)]}
+            began = time.perf_counter()
+            model.generate(prompt, options, use_tqdm=False)
+            taken.append(time.perf_counter() - began)
+        found[str(length)] = statistics.median(taken[1:])
+    return found
+
+
+def cost(folder: Path, seeds: int) -> None:
+    """Train the pair on the demo's text; print both scores and what the windows cost."""
+    window = {"sliding_window_tokens": TRAIN_WINDOW, "global_every": 4}
+    pair = {"dense": SIZES | {"num_layers": 4}, "windows": SIZES | {"num_layers": 4} | window}
+    scores: dict[str, list[float]] = {name: [] for name in pair}
+    with demo_training.cluster(folder / "cluster") as running:
+        demo_corpus.prepare(folder, running, BLOCK_TOKENS)
+        for seed in range(seeds):
+            for name, model in pair.items():
+                batch = {"global_batch_sequences": 2, "micro_batch_sequences": 1}
+                config = demo_corpus.settings(folder, f"{name}-{seed}", STEPS, model=model, seed=seed, **batch)
+                figures = demo_corpus.train(config, running)
+                scores[name].append(figures["held_out_bits_per_byte"])
+                print(f"  seed {seed}: {name} {figures}", file=sys.stderr, flush=True)
+    print(f"{STEPS} steps of {2 * BLOCK_TOKENS} tokens, blocks of {BLOCK_TOKENS}, windows of {TRAIN_WINDOW}")
+    for name, found in scores.items():
+        print(f"  {name:8} bits per byte {', '.join(f'{score:.4f}' for score in found)}")
+    dense, windows = scores.values()
+    mean, half = demo_corpus.interval([100 * (b / a - 1) for a, b in zip(dense, windows, strict=True)])
+    print(f"cost of windows in bits per byte: {mean:+.2f} % ± {half:.2f} (95 %)   (aim: at most {AIM_COST:.0f} %)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = Path.home() / ".cache" / "zero-to-one-benchmarks" / "sparse-attention"
+    parser.add_argument("--folder", type=Path, default=default, help="models and corpus")
+    parser.add_argument("--runs", type=int, default=5, help="turns; medians are printed")
+    parser.add_argument("--train", type=int, default=0, metavar="SEEDS", help="train the pair, too, with so many seeds")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(measure_prefill(given.child, given.runs)))
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    print(random_models.machine())
+    print(f"one thread, float32, windows of {WINDOW} tokens; seconds, medians of {given.runs} turns")
+    print(f"{'':22} {'tokens':>7} {'':20} {'seconds':>9} {'times':>7}")
+    faster = {}
+    for length in LENGTHS:
+        kinds = {"all": attention(length, 0), f"window of {WINDOW}": attention(length, WINDOW)}
+        faster["one attention", length] = show("attention, both passes", length, compare(kinds, given.runs))
+    for length in LENGTHS:
+        models = {name: whole(model, length) for name, model in MODELS.items()}
+        faster["model", length] = show("model, both passes", length, compare(models, given.runs))
+    prefills = {name: prefill(given.folder, name, given.runs) for name in MODELS}
+    for length in LENGTHS:
+        found = {name: seconds[str(length)] for name, seconds in prefills.items()}
+        faster["prefill", length] = show("model, vLLM's prefill", length, found)
+    if given.train:
+        cost(given.folder / "text", given.train)
+    for (what, length), times in faster.items():
+        aim = f"   (aim: {AIM_SPEED})" if what == "model" else ""
+        print(f"{what} at {length} tokens, windows in three of four layers: {times:.2f} times faster{aim}")
+
+
+if __name__ == "__main__":
+    main()
