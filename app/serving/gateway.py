@@ -37,6 +37,7 @@ from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress
 from ray.llm._internal.serve.core.ingress.utils import _sanitize_chat_completion_request
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.llm._internal.serve.core.server.llm_server import LLMServer
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.llm._internal.serve.utils.lora_serve_utils import LoraModelLoader
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.llm import LLMConfig
@@ -80,8 +81,26 @@ _REPLICA_GONE = (
 )
 
 
+class OneProcessEngine(VLLMEngine):  # type: ignore[misc]
+    """Ray's engine which on a CPU runs the model in vLLM's own engine process.
+
+    vLLM would start another for it, to set its threads (ours are set before), and wait for each step in a loop that
+    takes a core.
+    """
+
+    def _start_async_llm_engine(self, arguments: Any, config: Any, group: Any) -> Any:
+        from vllm.platforms import current_platform
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+        if current_platform.is_cpu() and config.parallel_config.world_size == 1:
+            config.parallel_config.distributed_executor_backend = UniProcExecutor
+        return super()._start_async_llm_engine(arguments, config, group)
+
+
 class StreamServer(LLMServer):  # type: ignore[misc]
     """Ray's LLM replica whose streams send their first token at once, and that can tokenize."""
+
+    _default_engine_cls = OneProcessEngine
 
     async def start(self) -> None:
         """Start the engine."""

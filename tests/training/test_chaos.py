@@ -1,4 +1,7 @@
-"""A run that is killed again and again, at any moment, ends with the weights and the ledger of the undisturbed one."""
+"""A run that is killed again and again, at any moment, ends with the weights and the ledger of the undisturbed one.
+
+Five kills with all tests, twenty with the long ones.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ from tests.training.runs import assert_equal_runs, find_workers, finish, start
 from tests.training.tiny import config_of, write_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-CHANGES = {"num_steps": 500, "checkpoint_interval_steps": 5, "evaluation_interval_steps": 100, "max_failures": -1}
-PLAN = ["anywhere", "writing", "restoring", "writing", "driver"] * 4
+CHANGES = {"checkpoint_interval_steps": 5, "evaluation_interval_steps": 100, "max_failures": -1}
+PLAN = ["anywhere", "writing", "restoring", "writing", "driver"]
 SECONDS = 60  # to wait for a moment to come
 
 
@@ -51,15 +54,15 @@ def has_progressed(run: Path) -> bool:
 class Killer:
     """Kills workers and jobs of one run; counts what they were doing."""
 
-    def __init__(self, root: Path, inputs: Path, cluster: LocalCluster) -> None:
-        self.root, self.inputs, self.cluster = root, inputs, cluster
+    def __init__(self, root: Path, inputs: Path, cluster: LocalCluster, num_steps: int) -> None:
+        self.root, self.inputs, self.cluster, self.num_steps = root, inputs, cluster, num_steps
         self.run = root / "checkpoints"
         self.random = random.Random(4)
         self.kills: Counter[str] = Counter()
         self.job = self.submit()
 
     def submit(self) -> subprocess.Popen[str]:
-        return start(self.root, self.inputs, self.cluster, **CHANGES)
+        return start(self.root, self.inputs, self.cluster, **CHANGES, num_steps=self.num_steps)
 
     def wait(self, moment: str) -> list[psutil.Process]:
         """The workers, when the moment has come."""
@@ -96,23 +99,24 @@ class Killer:
             self.job = self.submit()
 
 
-def test_twenty_kills_change_nothing(cluster: LocalCluster, tmp_path: Path) -> None:
-    calm, wild = tmp_path / "calm", tmp_path / "wild"
+@pytest.mark.parametrize(("rounds", "num_steps"), [(1, 300), pytest.param(4, 500, marks=pytest.mark.long)])
+def test_kills_change_nothing(cluster: LocalCluster, tmp_path: Path, rounds: int, num_steps: int) -> None:
+    calm, wild, num_kills = tmp_path / "calm", tmp_path / "wild", rounds * len(PLAN)
     write_inputs(calm)
     wild.mkdir()
-    stage.run(TrainConfig.model_validate(config_of(calm, calm, **CHANGES)))
-    killer = Killer(wild, calm, cluster)
-    for moment in PLAN:
+    stage.run(TrainConfig.model_validate(config_of(calm, calm, **CHANGES, num_steps=num_steps)))
+    killer = Killer(wild, calm, cluster, num_steps)
+    for moment in PLAN * rounds:
         killer.kill(moment)
-    while killer.kills.total() - killer.kills["driver"] < len(PLAN):
+    while killer.kills.total() - killer.kills["driver"] < num_kills:
         killer.kill("anywhere")
     finish(killer.job)
-    assert killer.kills["writing"] >= 5
-    assert killer.kills["starting"] >= 2
-    assert killer.kills["driver"] == 4
+    assert killer.kills["writing"] >= num_kills // 4
+    assert killer.kills["starting"] >= rounds // 2
+    assert killer.kills["driver"] == rounds
     assert_equal_runs(wild, calm)
     figures = read_manifest(f"{wild}/model", "model").figures
     assert figures["skipped_sequences"] == 0
     resumed = [event["step"] for event in journal.read_events(str(killer.run), "started")[1:]]
     assert figures["restarts"] == len(resumed)  # kills before an attempt's first step are not among them
-    assert len([step for step in resumed if step > 0]) >= 5
+    assert len([step for step in resumed if step > 0]) >= num_kills // 4
