@@ -14,7 +14,7 @@ TESTS ?=
 setup: .venv/ready
 
 # The CPU build of torch is on PyTorch's own index only. Where pip finds none, PyPI's CUDA build serves as well (3 GB more).
-.venv/ready: $(LOCK) requirements/quantization.lock requirements/autoawq.lock pyproject.toml
+.venv/ready: $(LOCK) requirements/quantization.lock requirements/autoawq.lock requirements/float8.lock pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 	  || { echo "error: Python 3.11 is needed; make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -24,9 +24,9 @@ setup: .venv/ready
 	    echo "No CPU build of torch $(TORCH) in your package index: installing the CUDA build, which runs on the CPU too."; \
 	    $(BIN)/python -m pip install -qq -c requirements/gpu.lock torch==$(TORCH); }; fi
 	@$(PIP) -r $(LOCK)
-	@echo "Installing llm-compressor beside them, which needs another compressed-tensors than vLLM, and AutoAWQ …"
+	@echo "Installing llm-compressor beside them, which needs another compressed-tensors than vLLM, AutoAWQ and torchao …"
 	@rm -rf .venv/overlays
-	@for name in quantization autoawq; do \
+	@for name in quantization autoawq float8; do \
 	  $(PIP) --no-build-isolation --target .venv/overlays/$$name -r requirements/$$name.lock || exit 1; done
 	@$(PIP) --no-build-isolation -e .
 	@touch $@

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from competitors import demo_training
 
+from app import overlays
+
 RECIPES = ("none", "tensorwise", "rowwise")
 STEPS, LAST, WARM_STEPS = 200, 20, 20
 VOCAB_SIZE, BLOCK_TOKENS, MICRO_BATCH = 2000, 128, 8
@@ -74,7 +76,11 @@ def measure_rank(output: Path, recipe: str) -> None:
 
 def main() -> None:
     given = demo_training.arguments(__doc__, "float8-losses", runs=1)
-    found = {recipe: demo_training.torchrun(Path(__file__), given.folder / recipe, 1, recipe)[0] for recipe in RECIPES}
+    packages = overlays.ROOT / "float8"
+    found = {
+        recipe: demo_training.torchrun(Path(__file__), given.folder / recipe, 1, recipe, packages=packages)[0]
+        for recipe in RECIPES
+    }
     plain = found["none"]
     print(f"{plain['device']}; {STEPS} steps, loss: mean of the last {LAST}")
     print(f"{'float8':12} {'first loss':>10} {'loss':>8} {'/ bfloat16':>11} {'tokens/s':>10} {'times':>6} {'GiB':>6}")

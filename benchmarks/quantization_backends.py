@@ -20,7 +20,8 @@ from pathlib import Path
 
 from competitors import random_models, smollm2
 
-from app.quantization.stage import OVERLAYS, OVERLAYS_DIR
+from app import overlays
+from app.quantization.stage import OVERLAYS
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOWS, WINDOW_TOKENS, HELD_OUT_DOCUMENTS = 16, 512, 12
@@ -64,7 +65,7 @@ def compare(folder: Path, group_size: int, runs: int) -> float:
 
 def run(backend: str, folder: Path, group_size: int) -> dict[str, float]:
     """One process; its figures."""
-    path = os.pathsep.join(str(OVERLAYS_DIR / name) for name in OVERLAYS[backend])
+    path = overlays.python_path(OVERLAYS[backend], backend)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([path, str(ROOT)]), "TQDM_DISABLE": "1"}
     command = [sys.executable, __file__, "--group_sizes", str(group_size), "--child", backend, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -37,6 +37,7 @@ FOUNDATION = {
     "artifacts",
     "cluster",
     "models",
+    "overlays",
     "page",
     "privacy",
 }
@@ -50,6 +51,7 @@ MAY_IMPORT = {  # a foundation module -> foundation modules it may import
     "documents": {"records", "storage"},
     "cluster": {"config", "records", "storage", "logs"},
     "models": {"config", "records", "storage"},
+    "overlays": set(),
     "page": set(),
     "privacy": {"config", "records"},
 }

@@ -10,15 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from app import cluster, storage
+from app import cluster, overlays, storage
 from app.artifacts import GATE, Manifest, clear, find_complete, publish, read_manifest
 from app.documents import sample_texts
 from app.quantization.awq import refuse_experts, refuse_group_size
@@ -26,8 +24,7 @@ from app.quantization.config import QuantizeConfig
 
 logger = logging.getLogger(__name__)
 
-OVERLAYS_DIR = Path(sys.prefix) / "overlays"
-OVERLAYS = {  # backend -> name of an overlay and of its lock file, and a package in it
+OVERLAYS = {  # backend -> names of overlays, and a package in each
     "llm-compressor": {"quantization": "llmcompressor"},
     "autoawq": {"autoawq": "awq", "quantization": "llmcompressor"},  # the latter packs
 }
@@ -43,7 +40,7 @@ def run(config: QuantizeConfig) -> Manifest:
     draft = Manifest.draft("model", uri, config, {"model": model.as_input(), "corpus": corpus.as_input()})
     if done := find_complete(draft, config.overwrite):
         return done
-    overlays = _find_overlays(config.backend)
+    path = overlays.python_path(OVERLAYS[config.backend], config.backend)
     with storage.open_file(f"{model.uri}/config.json") as file:
         model_config = json.load(file)
     refuse_experts(model_config)
@@ -52,7 +49,6 @@ def run(config: QuantizeConfig) -> Manifest:
     clear(uri)
     cluster.connect()
     logger.info("quantizing %s by %s, group size %d", model.uri, config.backend, config.group_size)
-    path = os.pathsep.join([*overlays, *filter(None, [os.environ.get("PYTHONPATH")])])
     task = ray.remote(_quantize).options(
         runtime_env={"env_vars": {"PYTHONPATH": path, "TQDM_DISABLE": "1"}},  # else a bar for each layer and step
         num_cpus=config.num_cpus,
@@ -62,18 +58,6 @@ def run(config: QuantizeConfig) -> Manifest:
     if figures[GATE] != PASSED:
         logger.error("%s: %s; the endpoint will refuse it", uri, figures[GATE])
     return publish(draft, figures)
-
-
-def _find_overlays(backend: str) -> list[str]:
-    """The folders. Raises ValueError with the command that makes a missing one."""
-    for name, package in OVERLAYS[backend].items():
-        folder = OVERLAYS_DIR / name
-        if not (folder / package).is_dir():
-            raise ValueError(
-                f"{backend} is not installed in {folder}: run make setup, or "
-                f"pip install --no-deps --target {folder} -r requirements/{name}.lock"
-            )
-    return [str(OVERLAYS_DIR / name) for name in OVERLAYS[backend]]
 
 
 def judge(loss_percent: float, max_loss_percent: float) -> str:

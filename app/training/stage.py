@@ -26,7 +26,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors import safe_open
 
-from app import cluster, storage
+from app import cluster, overlays, storage
 from app.artifacts import Input, Manifest, clear, find_complete, folder_input, publish, read_manifest
 from app.config import flatten
 from app.devices import has_float8
@@ -49,6 +49,7 @@ CPU_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
+FLOAT8 = {"float8": "torchao"}  # an overlay, and a package in it
 RECORD = "run.json"  # settings and data of the run that a folder holds
 RAY_RECORD = "checkpoint_manager_snapshot.json"
 _TYPE = "accelerator_type:"  # Ray has a resource of that name and the GPU's
@@ -76,6 +77,9 @@ def run(config: TrainConfig) -> Manifest:
     use_gpu = cluster.has_gpu()
     for line in parallel.plan(config, _devices(use_gpu)).lines:
         logger.info("%s", line)
+    environment = {} if use_gpu else CPU_ENVIRONMENT
+    if config.float8 != "none":
+        environment = environment | {"PYTHONPATH": overlays.python_path(FLOAT8, f"float8 {config.float8}")}
     clear(uri)
     run_uri = config.resolve(config.checkpoints_uri)
     run_name = open_run(run_uri, draft, config.overwrite)
@@ -84,6 +88,7 @@ def run(config: TrainConfig) -> Manifest:
         "run_uri": run_uri,
         "run_name": run_name,
         "use_gpu": use_gpu,
+        "environment": environment,
         "vocabulary": _vocabulary(config),
     }
     where = "GPUs" if use_gpu else "CPUs"
@@ -228,7 +233,7 @@ def _trainer(config: TrainConfig, job: dict[str, Any]) -> TorchTrainer:
             storage_path=folder,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             callbacks=[_Failures(job["run_uri"])],
-            worker_runtime_env={} if use_gpu else {"env_vars": CPU_ENVIRONMENT},
+            worker_runtime_env={"env_vars": job["environment"]},
         ),
         validation_config=ray.train.ValidationConfig(_score, task, {"num_gpus": int(use_gpu)}) if is_async else None,
     )

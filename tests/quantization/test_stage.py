@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
+from app import overlays
 from app.artifacts import Manifest, read_manifest
 from app.quantization import stage
 from app.quantization.config import QuantizeConfig
@@ -122,7 +123,7 @@ def test_what_loses_too_much_is_marked_after_all_sizes_were_tried_and_not_served
 
 
 def test_a_missing_overlay_names_the_command_that_installs_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "OVERLAYS_DIR", root / "nowhere")
+    monkeypatch.setattr(overlays, "ROOT", root / "nowhere")
     with pytest.raises(ValueError, match=r"pip install --no-deps --target .*nowhere"):
         stage.run(settings(root, output_uri="never"))
     with pytest.raises(ValueError, match="no complete model artifact"):

@@ -2,8 +2,15 @@
 
 import pytest
 
+from app import overlays
+
 pytestmark = pytest.mark.slow  # imports torch, transformers and torchao
 SHAPE = {"vocab_size": 300, "block_tokens": 32, "end_of_text_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(overlays.ROOT / "float8"))
 
 
 def model_of(**model: object) -> object:
