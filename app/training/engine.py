@@ -47,6 +47,8 @@ def build(config: TrainConfig, shape: Mapping[str, int], world_size: int, use_gp
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=mpu)
     del keep_alive
+    if mpu:
+        engine.mpu = None  # DeepSpeed's checkpoints would take ranks that share tokens for tensor-parallel ones
     if config.zero_stage == 0:
         _clip_plain_gradients(engine)
     if config.compile:
