@@ -114,7 +114,11 @@ def count(model: Any) -> tuple[int, int]:
 
 
 def num_elements(parameter: Any) -> int:
-    """Of the whole parameter, where this rank has a shard of it under ZeRO-3, or two in each byte in 4 bits."""
+    """Of the whole parameter, where this rank has a shard of it under ZeRO-3 or a part of it beside other tensor ranks,
+    or two in each byte in 4 bits.
+    """
+    if (part := getattr(parameter, "ds_autotp_universal_checkpoint_meta", None)) is not None:
+        return math.prod(part["original_shape"])
     if (packed := getattr(parameter, "quant_state", None)) is not None:
         return math.prod(packed.shape)
     return int(getattr(parameter, "ds_numel", parameter.numel()))

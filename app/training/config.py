@@ -169,6 +169,10 @@ class TrainConfig(RunConfig):
     global_batch_sequences: int = Field(32, ge=1, description="token blocks in one optimizer step, over all workers")
     micro_batch_sequences: int = Field(8, ge=1, description="token blocks in one forward pass of one worker")
     num_workers: int = Field(2, ge=1, description="Ray Train workers: one GPU each, or one CPU where there is no GPU")
+    sequence_parallel: int = Field(
+        1, ge=1, description="workers that share one block's tokens (Ulysses); the others share out the batch"
+    )
+    tensor_parallel: int = Field(1, ge=1, description="workers that share each layer's matrices; ZeRO 0 to 2")
     min_workers: int = Field(0, ge=0, description="go on with so few when nodes are lost; 0: wait for num_workers")
     resize_check_seconds: float = Field(60.0, gt=0, description="how often min_workers < n looks for new nodes")
     document_masking: bool = Field(False, description="a document does not see others in its block")
@@ -202,10 +206,11 @@ class TrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
-        if self.global_batch_sequences < self.num_workers:
+        if self.global_batch_sequences < self.num_replicas(self.num_workers):
+            over = f" / {self.workers_per_replica} that share a batch" if self.workers_per_replica > 1 else ""
             raise ValueError(
                 f"global_batch_sequences ({self.global_batch_sequences}) must not be below num_workers "
-                f"({self.num_workers})"
+                f"({self.num_workers}){over}"
             )
         if self.min_workers > self.num_workers:
             raise ValueError(f"min_workers ({self.min_workers}) must not exceed num_workers ({self.num_workers})")
@@ -219,9 +224,19 @@ class TrainConfig(RunConfig):
             raise ValueError("offload_optimizer nvme and nvme_dir belong together: set both or none")
         return self
 
+    @property
+    def workers_per_replica(self) -> int:
+        """Workers that see the same blocks: they share one forward pass."""
+        return self.sequence_parallel * self.tensor_parallel
+
+    def num_replicas(self, num_workers: int) -> int:
+        """The data-parallel degree: in how many parts the batch is shared out; 1 where the degrees do not divide."""
+        return max(1, num_workers // self.workers_per_replica)
+
     def accumulation_steps(self, num_workers: int) -> int:
         """Forward passes of each worker in one optimizer step; the last may be filled up with rows of no weight."""
-        return math.ceil(math.ceil(self.global_batch_sequences / num_workers) / self.micro_batch_sequences)
+        rows = math.ceil(self.global_batch_sequences / self.num_replicas(num_workers))
+        return math.ceil(rows / self.micro_batch_sequences)
 
     @property
     def kind(self) -> Literal["model", "adapter"]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.training import adapter, float8
+from app.training import adapter, float8, sharing
 from app.training.config import TrainConfig
 from app.training.export import load_base
 from app.training.families import active_share, architecture, use_windows
@@ -38,14 +38,19 @@ def build(config: TrainConfig, shape: Mapping[str, int], world_size: int, use_gp
         float8.convert(model, config.float8, emulate=not use_gpu)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable()
+    mpu = None
+    if config.sequence_parallel > 1:
+        mpu = sharing.share_tokens(model, config.sequence_parallel, config.micro_batch_sequences)
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.optimizer.weight_decay),
         lr=config.optimizer.learning_rate,
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         fused=use_gpu and config.offload_optimizer == "none",
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=mpu)
     del keep_alive
+    if mpu:
+        engine.mpu = None  # DeepSpeed's checkpoints would take ranks that share tokens for tensor-parallel ones
     if config.zero_stage == 0:
         _clip_plain_gradients(engine)
     if config.compile:
@@ -55,9 +60,14 @@ def build(config: TrainConfig, shape: Mapping[str, int], world_size: int, use_gp
 
 def _clip_plain_gradients(engine: Any) -> None:
     """Without ZeRO DeepSpeed clips float32 gradients too, but forgets their norm."""
+    from deepspeed.runtime.utils import clip_grad_norm_  # counts matrices of all tensor ranks, what they all have once
 
     def clip() -> None:
-        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+        parameters = list(engine.module.parameters())
+        if engine.autotp_size() > 1:
+            norm = clip_grad_norm_(parameters, engine.gradient_clipping(), mpu=engine.mpu)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping())
         engine._global_grad_norm = float(norm)
 
     engine.clip_fp32_gradients = clip

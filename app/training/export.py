@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app import storage
 from app.models import TURN_END
 from app.training import adapter, checkpoint, held_out, journal
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
 
 ARCHITECTURE = "architecture"  # folder of the run with the model's config
 
@@ -39,8 +43,8 @@ def load_whole(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) 
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    weights = _whole_weights(run_uri, manifest)
     if config.adapter.rank:
+        weights = _whole_weights(run_uri, manifest)
         model = load_base(config, attention="sdpa")  # what suits a GPU's workers may not run here
         model.config.use_cache = False  # transformers tells packed documents apart only without one
         adapter.add(model, config.adapter, config.seed)
@@ -49,6 +53,9 @@ def load_whole(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) 
     with storage.local_copy(f"{run_uri}/{ARCHITECTURE}") as folder:
         model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, config.dtype))
+    weights = (
+        _joined_weights(run_uri, manifest, model) if config.tensor_parallel > 1 else _whole_weights(run_uri, manifest)
+    )
     model.load_state_dict(weights, strict=not model_config.tie_word_embeddings)  # tied: the output's own is not stored
     model.tie_weights()
     return model
@@ -144,12 +151,39 @@ def score_checkpoint(run_uri: str, step: int, config: TrainConfig) -> dict[str, 
     return figures
 
 
-def _whole_weights(run_uri: str, manifest: CheckpointManifest) -> Any:
-    import torch
-
+@contextlib.contextmanager
+def _files_of(run_uri: str, manifest: CheckpointManifest) -> Iterator[Path]:
     if damage := checkpoint.find_damage(run_uri, manifest):
         raise ValueError(f"{damage}; submit the job again to go on from the checkpoint before")
     with storage.local_copy(f"{checkpoint.folder(run_uri)}/{manifest.name}") as folder:
+        yield folder
+
+
+def _joined_weights(run_uri: str, manifest: CheckpointManifest, model: Any) -> dict[str, Any]:
+    """Of a model whose matrices are cut: each tensor-parallel rank's file holds its part of all of them."""
+    import torch
+
+    with _files_of(run_uri, manifest) as folder:
+        files = sorted(folder.glob("mp_rank_*_model_states.pt"))
+        assert len(files) == manifest.config["tensor_parallel"], files
+        parts = [torch.load(file, map_location="cpu", weights_only=False)["module"] for file in files]
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return {name: join([part[name] for part in parts], shapes[name]) for name in parts[0]}
+
+
+def join(parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    """The tensor of that shape from what each tensor-parallel rank has: all of it, or a part along one dimension."""
+    import torch
+
+    short = [dimension for dimension, size in enumerate(shape) if parts[0].shape[dimension] != size]
+    assert len(short) <= 1, (parts[0].shape, shape)
+    return torch.cat(list(parts), short[0]) if short else parts[0]
+
+
+def _whole_weights(run_uri: str, manifest: CheckpointManifest) -> Any:
+    import torch
+
+    with _files_of(run_uri, manifest) as folder:
         if manifest.zero_stage == 0:
             return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

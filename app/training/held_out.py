@@ -14,16 +14,19 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from app.artifacts import read_manifest
-from app.training import preference
+from app.training import preference, sharing
 from app.training.batches import PAIRS, Blocks, open_blocks
 from app.training.checkpoint import PREFERENCE_SCORE, SCORE
 from app.training.config import TrainConfig
-from app.training.feed import batch_of, positions_of
+from app.training.feed import IGNORED, batch_of, positions_of
+from app.training.layout import Layout
 from app.training.sampler import Rows
 
 FIGURES = (SCORE, "replay_bits_per_byte")
+ALONE = Layout()
 
 
 @dataclass(frozen=True)
@@ -51,25 +54,25 @@ class HeldOut:
         scored_tokens = len(blocks) * (blocks.block_tokens - 1)
         return cls(blocks, figures["bytes"] * scored_tokens / figures["tokens"])
 
-    def bits_per_byte(self, model: Any, micro_batch: int, rank: int = 0, world_size: int = 1) -> float:
+    def bits_per_byte(self, model: Any, micro_batch: int, layout: Layout = ALONE) -> float:
         """Cross-entropy in bits over bytes; collective when there are several ranks, all of which get the sum."""
-        nats = self._nats(model, micro_batch, rank, world_size)
-        if world_size > 1:
+        nats = self._nats(model, micro_batch, layout)
+        if layout.world_size > 1:
             torch.distributed.all_reduce(nats)
-        return float(nats) / math.log(2) / self.scored_bytes
+        return float(nats) / layout.tensor_size / math.log(2) / self.scored_bytes
 
     @torch.no_grad()
-    def preferences(self, model: Any, micro_batch: int, rank: int = 0, world_size: int = 1) -> dict[str, float]:
+    def preferences(self, model: Any, micro_batch: int, layout: Layout = ALONE) -> dict[str, float]:
         """Loss, share told right, and reward margin, means over the pairs; collective when there are several ranks."""
         sums = torch.zeros(4, dtype=torch.float64, device=model.device)
         model.eval()
-        for rows, inside in self._passes(micro_batch, rank, world_size):
+        for rows, inside in self._passes(micro_batch, layout):
             inputs = batch_of([(self.blocks, int(row)) for row in rows], int(inside.sum()))
             tensors = {name: torch.from_numpy(array).to(model.device) for name, array in inputs.items()}
             judged = preference.judge(model, tensors, self.blocks.block_tokens, self.beta)
             sums += torch.cat([judged.loss_sum[None].double(), judged.tally])
         model.train()
-        if world_size > 1:
+        if layout.world_size > 1:
             torch.distributed.all_reduce(sums)
         loss, right, margin, count = sums.tolist()
         return {
@@ -78,31 +81,33 @@ class HeldOut:
             "held_out_reward_margin": margin / count,
         }
 
-    def _passes(self, micro_batch: int, rank: int, world_size: int) -> Iterator[tuple[Rows, npt.NDArray[np.bool_]]]:
+    def _passes(self, micro_batch: int, layout: Layout) -> Iterator[tuple[Rows, npt.NDArray[np.bool_]]]:
         """Rows of this rank's forward passes, as many as the others have; block 0 fills up and is not inside."""
-        once = micro_batch * world_size
+        once = micro_batch * layout.data_size
         for start in range(0, len(self.blocks), once):
-            rows = np.arange(start, start + once)[rank::world_size]
+            rows = np.arange(start, start + once)[layout.data_rank :: layout.data_size]
             inside = rows < len(self.blocks)
             yield np.where(inside, rows, 0), inside
 
     @torch.no_grad()
-    def _nats(self, model: Any, micro_batch: int, rank: int, world_size: int) -> torch.Tensor:
-        """Sum over this rank's blocks; every rank runs as many forward passes as the others."""
+    def _nats(self, model: Any, micro_batch: int, layout: Layout) -> torch.Tensor:
+        """Sum over this rank's blocks, of its tokens; every rank runs as many forward passes as the others."""
         device = model.device
         nats = torch.zeros((), dtype=torch.float64, device=device)
         model.eval()
-        for chosen, inside in self._passes(micro_batch, rank, world_size):
-            inputs = {"input_ids": torch.from_numpy(self.blocks.input_ids[chosen]).long().to(device)}  # [B, T]
+        for chosen, inside in self._passes(micro_batch, layout):
+            ids = torch.from_numpy(self.blocks.input_ids[chosen]).long()  # [B, T]
+            batch, labels = {"input_ids": ids}, ids.masked_fill(~torch.from_numpy(inside)[:, None], IGNORED)
             if self.blocks.loss_mask is not None:  # packed conversations do not see each other
+                labels[torch.from_numpy(~self.blocks.loss_mask[chosen])] = IGNORED
                 positions = positions_of([(self.blocks, int(row)) for row in chosen], self.blocks.block_tokens)
-                inputs["position_ids"] = torch.from_numpy(positions).to(device)
-            logits = _logits(model, inputs)[:, :-1].float()  # [B, T-1, V]
-            targets = inputs["input_ids"][:, 1:]
-            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-            if self.blocks.loss_mask is not None:
-                losses = losses * torch.from_numpy(self.blocks.loss_mask[chosen][:, 1:]).to(device)
-            nats += losses.sum(1).double()[torch.from_numpy(inside)].sum()
+                batch["position_ids"] = torch.from_numpy(positions)
+            batch = sharing.own_tokens({**batch, "targets": sharing.next_tokens(labels)}, layout)
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            targets = inputs.pop("targets")
+            logits = _logits(model, inputs).float()  # [B, T, V]
+            losses = functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+            nats += losses.sum(1).double().sum()
         model.train()
         return nats
 
@@ -125,14 +130,12 @@ def open_all(config: TrainConfig) -> dict[str, HeldOut]:
     return {name: held_out for name, held_out in opened.items() if held_out}
 
 
-def score(
-    texts: Mapping[str, HeldOut], model: Any, micro_batch: int, ranks: tuple[int, int] = (0, 1)
-) -> dict[str, float]:
-    """Bits per byte of each, or what is measured of pairs; `ranks` are this worker's and their number."""
+def score(texts: Mapping[str, HeldOut], model: Any, micro_batch: int, layout: Layout = ALONE) -> dict[str, float]:
+    """Bits per byte of each, or what is measured of pairs; the layout says which part is this worker's."""
     figures: dict[str, float] = {}
     for name, held_out in texts.items():
         if held_out.beta:
-            figures |= held_out.preferences(model, micro_batch, *ranks)
+            figures |= held_out.preferences(model, micro_batch, layout)
         else:
-            figures[name] = held_out.bits_per_byte(model, micro_batch, *ranks)
+            figures[name] = held_out.bits_per_byte(model, micro_batch, layout)
     return figures

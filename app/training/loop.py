@@ -41,6 +41,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
     feed = worker.open_feed(worker.step)
     reported = worker.step
     meter = StepMeter(worker.use_gpu, worker.clock)
+    layout, averaged = worker.layout, worker.layout.averaged_ranks(config.zero_stage)
     last = min(config.num_steps, config.stop_at_step or config.num_steps)
     while worker.step < last:
         step = worker.step
@@ -50,7 +51,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
             group["lr"] = rate
         with meter.part("data"):
             data = feed.next()
-        weight = data.num_labels / (worker.world_size * len(data.micro_batches))  # DeepSpeed takes means of sums
+        weight = data.num_labels / (averaged * len(data.micro_batches))  # DeepSpeed takes means of sums
         loss_sum = torch.zeros((), device=device)
         for micro_batch in data.micro_batches:
             inputs = worker.to_device(micro_batch)
@@ -60,13 +61,13 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
             with meter.part("optimizer"):
                 engine.step()
             loss_sum += loss.detach()
-        share = float(loss_sum) / (worker.world_size * len(data.micro_batches))
+        share = float(loss_sum) / (averaged * len(data.micro_batches) * layout.tensor_size)
 
         figures = meter.finish() | gpu_figures() | {"memory_bytes": memory_bytes(worker.use_gpu)}
         signs = [worker.signals.wants_stop, worker.signals.wants_to_talk(), worker.saver.error is not None]
         mine = [*rank_row(figures), share, float(engine.get_global_grad_norm()), *signs, worker.saver.completed]
         mine += worker.take_tally()
-        rows, digests = exchange(mine, data.rows_digest, device)
+        rows, digests = exchange(mine, data.rows_digest if layout.is_first else 0, device)
         expert_values = worker.expert_values()
         loss_mean, grad_norm = float(rows[:, LOSS].sum()), float(rows[0, GRAD_NORM])
         if rows[:, FAILED].any():
@@ -93,7 +94,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         worker.step = step + 1
         if worker.is_due(config.evaluation_interval_steps) and config.validation == "inline":
             with meter.part("evaluation"):
-                scores = held_out.score(worker.held_out, engine, config.micro_batch_sequences, worker.ranks)
+                scores = held_out.score(worker.held_out, engine, config.micro_batch_sequences, layout)
             worker.keep_scores(scores)
             values |= scores
         worker.telemetry.record(step, values, rank_values(rows))

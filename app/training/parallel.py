@@ -2,7 +2,7 @@
 
 Each rule looks at one combination and gives the reason why it does not work and the setting that works instead. A
 refusal names all reasons and, with all changes made, the nearest job that would run.
-It does not look at memory (planning does) and knows data parallelism only: ZeRO 0 to 3.
+It does not look at memory (planning does), nor at a model to start from: layout.py does, when its settings are read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from app.training.config import TrainConfig
+from app.training.layout import SHAREABLE, sequence_fits, tensor_fits
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ParallelPlan:
     """What each optimizer step is made of."""
 
     num_workers: int
+    num_replicas: int  # groups of workers that see the same blocks
     accumulation_steps: int
     micro_batch_sequences: int
     filler_sequences: int  # rows without weight that fill up the last forward passes of a step
@@ -46,7 +48,10 @@ class ParallelPlan:
     def lines(self) -> list[str]:
         """The plan in words."""
         passes = f"{self.accumulation_steps} forward pass{'es' if self.accumulation_steps > 1 else ''}"
-        said = f"{self.num_workers} workers × {passes} × {self.micro_batch_sequences} blocks"
+        who = f"{self.num_workers} workers"
+        if self.num_replicas < self.num_workers:
+            who = f"{self.num_replicas} × {self.num_workers // self.num_replicas} workers that share a model"
+        said = f"{who} × {passes} × {self.micro_batch_sequences} blocks"
         if self.filler_sequences:
             said += f", {self.filler_sequences} of them filled up without weight"
         waits = f"waits for {self.missing_devices} more device{'s' if self.missing_devices > 1 else ''}"
@@ -59,14 +64,19 @@ Rule = Callable[[TrainConfig, Devices], Refusal | None]
 def plan(config: TrainConfig, devices: Devices) -> ParallelPlan:
     """The layout of the job. Raises ValueError with every reason and the nearest job that works."""
     if reasons := [refusal.reason for refusal in refusals(config, devices)]:
-        changes = nearest(config, devices)
+        try:
+            changes = nearest(config, devices)
+        except ValueError as error:  # with fewer workers to share a model the batch is too small for all of them
+            raise ValueError("\n".join([*reasons, str(error)])) from None
         arguments = " ".join(f"--{key} {str(value).lower()}" for key, value in changes.items())
         raise ValueError("\n".join([*reasons, f"the nearest job that works: {arguments}"]))
     passes = config.accumulation_steps(config.num_workers)
-    places = config.num_workers * passes * config.micro_batch_sequences
+    replicas = config.num_replicas(config.num_workers)
+    places = replicas * passes * config.micro_batch_sequences
     missing = max(0, config.num_workers - devices.number) if devices.number else 0
     return ParallelPlan(
         num_workers=config.num_workers,
+        num_replicas=replicas,
         accumulation_steps=passes,
         micro_batch_sequences=config.micro_batch_sequences,
         filler_sequences=places - config.global_batch_sequences,
@@ -124,7 +134,8 @@ def _gpu_attention_on_cpu(config: TrainConfig, devices: Devices) -> Refusal | No
 
 
 def _flash_attention_in_float32(config: TrainConfig, devices: Devices) -> Refusal | None:
-    if config.attention == "flash_attention_2" and config.dtype == "float32" and devices.kind != "cpu":
+    replaced = _shares(config)  # by sdpa, which takes both
+    if config.attention == "flash_attention_2" and config.dtype == "float32" and devices.kind != "cpu" and not replaced:
         return Refusal("attention flash_attention_2: computes in 16 bits only", "dtype", "bfloat16")
     return None
 
@@ -149,6 +160,8 @@ def _float8(config: TrainConfig, devices: Devices) -> Refusal | None:
         return Refusal(f"{what}: the weights below an adapter are not converted", "float8", "none")
     if config.model.num_experts and not config.init_from_uri:
         return Refusal(f"{what}: experts are no linear layers: most of a mixture would stay as it is", "float8", "none")
+    if _shares(config):
+        return Refusal(f"{what}: not tried where workers share a model", "float8", "none")
     if on_gpus and config.dtype == "float32":
         return Refusal(f"{what}: on GPUs the rest is computed in 16 bits", "dtype", "bfloat16")
     if config.zero_stage == 3 and not config.activation_checkpointing:
@@ -164,7 +177,136 @@ def _no_device_to_score_on(config: TrainConfig, devices: Devices) -> Refusal | N
     return None
 
 
+def _sequence_degree(config: TrainConfig, devices: Devices) -> Refusal | None:
+    degree, model = config.sequence_parallel, config.model
+    fit = _sequence_fit(config)
+    if fit == degree or _sequence_faults(config):
+        return None
+    over = f"num_workers ({config.num_workers})"
+    if not config.init_from_uri:
+        over += f", num_heads ({model.num_heads}) and, or be a multiple of, num_key_value_heads "
+        over += f"({model.num_key_value_heads})"
+    return Refusal(f"sequence_parallel {degree}: it must divide {over}", "sequence_parallel", fit)
+
+
+def _sequence_alone(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if faults := _sequence_faults(config):
+        return Refusal(f"sequence_parallel {config.sequence_parallel}: {'; '.join(faults)}", "sequence_parallel", 1)
+    return None
+
+
+def _tensor_degree(config: TrainConfig, devices: Devices) -> Refusal | None:
+    degree, model = config.tensor_parallel, config.model
+    fit = _tensor_fit(config)
+    if fit == degree or _tensor_faults(config):
+        return None
+    over = f"num_workers ({config.num_workers})"
+    if not config.init_from_uri:
+        over += f", num_key_value_heads ({model.num_key_value_heads}) and intermediate_size ({model.intermediate_size})"
+    return Refusal(f"tensor_parallel {degree}: it must divide {over}", "tensor_parallel", fit)
+
+
+def _tensor_alone(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if faults := _tensor_faults(config):
+        return Refusal(f"tensor_parallel {config.tensor_parallel}: {'; '.join(faults)}", "tensor_parallel", 1)
+    return None
+
+
+def _sequence_with_tensor(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if _sequence_fit(config) > 1 and _tensor_fit(config) > 1:
+        reason = "sequence_parallel with tensor_parallel: DeepSpeed makes the groups of one or of the other"
+        return Refusal(reason, "tensor_parallel", 1)
+    return None
+
+
+def _tensor_under_zero_3(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.zero_stage == 3 and _tensor_fit(config) > 1 and _sequence_fit(config) == 1:
+        return Refusal("tensor_parallel with zero_stage 3: the matrices are cut already", "zero_stage", 2)
+    return None
+
+
+def _shared_attention(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.attention != "sdpa" and _shares(config):
+        return Refusal(f"attention {config.attention}: workers that share a model use sdpa", "attention", "sdpa")
+    return None
+
+
+def _shared_and_compiled(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.compile and _shares(config):
+        return Refusal("compile: not tried where workers share a model", "compile", False)
+    return None
+
+
+def _shared_and_elastic(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if 0 < config.min_workers < config.num_workers and _shares(config):
+        return Refusal("min_workers: workers that share a model do not go on in other numbers", "min_workers", 0)
+    return None
+
+
+def _shared_and_scored_aside(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.validation == "async" and _shares(config):
+        return Refusal("validation async: not tried where workers share a model", "validation", "inline")
+    return None
+
+
+def _shares(config: TrainConfig) -> bool:
+    """Whether workers would share a model when all is mended that forbids it."""
+    return _sequence_fit(config) > 1 or _tensor_fit(config) > 1
+
+
+def _sequence_fit(config: TrainConfig) -> int:
+    """The largest degree up to the one asked for that works."""
+    model, workers = config.model, config.num_workers
+    if _sequence_faults(config):
+        return 1
+    degrees = (degree for degree in range(config.sequence_parallel, 1, -1) if workers % degree == 0)
+    heads = model.num_heads, model.num_key_value_heads
+    return next((degree for degree in degrees if config.init_from_uri or sequence_fits(degree, *heads)), 1)
+
+
+def _tensor_fit(config: TrainConfig) -> int:
+    model, workers = config.model, config.num_workers
+    if _tensor_faults(config):
+        return 1
+    degrees = (degree for degree in range(config.tensor_parallel, 1, -1) if workers % degree == 0)
+    sizes = model.num_key_value_heads, model.intermediate_size
+    return next((degree for degree in degrees if config.init_from_uri or tensor_fits(degree, *sizes)), 1)
+
+
+def _sequence_faults(config: TrainConfig) -> list[str]:
+    """Why no degree above 1 works."""
+    if config.sequence_parallel == 1:
+        return []
+    masked = ["document_masking: Ulysses drops the mask that tells documents apart"] if config.document_masking else []
+    return masked + _sharing_faults(config)
+
+
+def _tensor_faults(config: TrainConfig) -> list[str]:
+    return _sharing_faults(config) if config.tensor_parallel > 1 else []
+
+
+def _sharing_faults(config: TrainConfig) -> list[str]:
+    faults = []
+    if not config.init_from_uri and config.model.architecture not in SHAREABLE:
+        faults.append(f"model.architecture {config.model.architecture}: {' and '.join(SHAREABLE)} can be shared")
+    if config.adapter.rank:
+        faults.append("adapter.rank: adapters are not shared")
+    if config.offload_optimizer == "nvme":
+        faults.append("offload_optimizer nvme: not tried where workers share a model")
+    return faults
+
+
 _RULES: tuple[Rule, ...] = (
+    _sequence_degree,
+    _sequence_alone,
+    _tensor_degree,
+    _tensor_alone,
+    _sequence_with_tensor,
+    _tensor_under_zero_3,
+    _shared_attention,
+    _shared_and_compiled,
+    _shared_and_elastic,
+    _shared_and_scored_aside,
     _offload_without_zero,
     _nvme_below_zero_3,
     _bfloat16_without_zero,

@@ -35,6 +35,7 @@ from app.training import checkpoint, goodput, journal, ledger, parallel, record,
 from app.training.batches import PAIRS, open_plan, read_tokens
 from app.training.config import TrainConfig
 from app.training.families import refuse_unwatched
+from app.training.layout import refuse_unshareable
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ _TYPE = "accelerator_type:"  # Ray has a resource of that name and the GPU's
 STOPPED = 143  # exit code after SIGTERM
 HOW_NOT_WHAT = {  # settings that a run may go on with when they have changed
     "storage_uri", "overwrite", "tokens_uri", "tokenizer_uri", "checkpoints_uri", "output_uri", "num_workers",
-    "min_workers", "resize_check_seconds", "micro_batch_sequences", "attention", "offload_optimizer", "nvme_dir",
+    "sequence_parallel", "min_workers", "resize_check_seconds", "micro_batch_sequences", "attention",
+    "offload_optimizer", "nvme_dir",
     "activation_checkpointing", "compile", "checkpoint_interval_steps", "keep_checkpoints", "validation", "export",
     "evaluation_interval_steps", "correction", "alarms", "max_failures", "cache_dir", "wandb_mode",
     "stop_at_step",
@@ -126,6 +128,8 @@ def read_inputs(config: TrainConfig) -> dict[str, Input]:
                 "it, and nothing is replayed: set adapter.rank, and replay.share to 0"
             )
         inputs[name] = tokens.as_input()
+        block_tokens = tokens.config["block_tokens"]
+    base = None
     if config.init_from_uri:
         uri = config.resolve(config.init_from_uri)
         try:
@@ -133,7 +137,9 @@ def read_inputs(config: TrainConfig) -> dict[str, Input]:
         except ValueError as error:
             raise ValueError(f"init_from_uri: {error}") from None
         with storage.open_file(f"{uri}/config.json") as file:
-            refuse_unwatched(json.load(file))
+            base = json.load(file)
+        refuse_unwatched(base)
+    refuse_unshareable(config, block_tokens, base)
     return inputs
 
 
@@ -142,7 +148,8 @@ def open_run(run_uri: str, draft: Manifest, overwrite: bool) -> str:
 
     Raises ValueError naming what differs, unless overwrite is set: then the old run is deleted.
     """
-    settings = flatten({name: value for name, value in draft.config.items() if name not in HOW_NOT_WHAT})
+    fixed = {"num_workers"} if draft.config["tensor_parallel"] > 1 else set[str]()  # its checkpoints are not cut anew
+    settings = flatten({name: draft.config[name] for name in draft.config if name not in HOW_NOT_WHAT - fixed})
     settings.pop("adapter.merge", None)
     data = {name: given.digest for name, given in draft.inputs.items()}
     now = {"settings": settings, "data": data}

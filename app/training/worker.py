@@ -18,7 +18,7 @@ import ray.train
 import torch
 
 from app import logs
-from app.training import adapter, checkpoint, export, preference, restart, saver
+from app.training import adapter, checkpoint, export, preference, restart, saver, sharing
 from app.training.batches import PAIRS, Blocks, open_plan, open_train_blocks, read_tokens
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
@@ -28,6 +28,7 @@ from app.training.feed import Feed, Share
 from app.training.gathering import Workload
 from app.training.held_out import HeldOut, open_all
 from app.training.journal import Journal, add_event
+from app.training.layout import Layout
 from app.training.ledger import Rewind, data_step_of, skipped_windows
 from app.training.meters import CommunicationClock, measure_communication, peak_flops
 from app.training.sampler import Plan
@@ -117,22 +118,30 @@ class Worker:
         """This rank and the number of ranks."""
         return self.rank, self.world_size
 
+    @property
+    def layout(self) -> Layout:
+        """Which rows and tokens are this rank's."""
+        return Layout.of(self.config, *self.ranks)
+
     def open_feed(self, step: int) -> Feed:
         """The batches of this rank from a step on."""
         config = self.config
         accumulation_steps = config.accumulation_steps(self.world_size)
         share = Share(
-            *self.ranks, config.micro_batch_sequences, accumulation_steps, config.document_masking, self.learns_pairs
-        )
+            self.layout.data_rank, self.layout.data_size, config.micro_batch_sequences, accumulation_steps,
+            config.document_masking, self.learns_pairs,
+        )  # fmt: skip
         windows = skipped_windows(self.rewinds)
         return Feed(self.sources, self.plan, share, data_step_of(step, self.rewinds), windows)
 
     def to_device(self, micro_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The model's inputs where it is, [B, T]; in one row of B·T if only so the attention sees the documents."""
+        """The model's inputs where it is, [B, T], of T this rank's; in one row of B·T if only so the attention sees the
+        documents.
+        """
         joined = self.config.document_masking and self.config.attention == "flash_attention_2"
         return {
             name: (tensor.view(1, -1) if joined else tensor).to(self.engine.device, non_blocking=True)
-            for name, tensor in micro_batch.items()
+            for name, tensor in sharing.model_inputs(micro_batch, self.layout).items()
         }
 
     def loss(self, inputs: dict[str, torch.Tensor], weight: float) -> torch.Tensor:

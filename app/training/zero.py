@@ -26,7 +26,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, use_gpu: bool) -> dic
     if config.offload_optimizer != "none":
         where = {"nvme_path": config.nvme_dir} if config.offload_optimizer == "nvme" else {}
         zero["offload_optimizer"] = {"device": config.offload_optimizer, "pin_memory": use_gpu, **where}
-    return {
+    made = {
         "train_micro_batch_size_per_gpu": config.micro_batch_sequences,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
         "gradient_clipping": config.optimizer.gradient_clipping,
@@ -36,3 +36,6 @@ def deepspeed_config(config: TrainConfig, world_size: int, use_gpu: bool) -> dic
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW on offloaded states, too: DeepSpeed's needs a compiler
         "zero_optimization": zero,
     }
+    if config.tensor_parallel > 1:  # tied embeddings stay whole: logits are, too, and the loss is transformers' own
+        made["tensor_parallel"] = {"autotp_size": config.tensor_parallel, "vocab_parallel_lm_head": False}
+    return made

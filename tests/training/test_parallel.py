@@ -21,8 +21,12 @@ MATRIX: dict[str, list[Any]] = {
     "validation": ["inline", "async"],
     "activation_checkpointing": [False, True],
     "float8": ["none", "tensorwise"],
+    "document_masking": [False, True],
+    "compile": [False, True],
+    "sequence_parallel": [1, 1, 2, 3, 4],
+    "tensor_parallel": [1, 1, 2, 3],
     "adapter": [{}, {"rank": 4}, {"rank": 4, "load_in_4bit": True}],
-    "model": [{}, {"architecture": "qwen3"}, MOE],
+    "model": [{}, {"architecture": "qwen3"}, {"num_key_value_heads": 2, "intermediate_size": 97}, MOE],
 }
 DEVICES = [Devices(), *(Devices(kind, number) for kind, number in product(("cpu", "gpu"), (2, 4, 5)))]
 DEVICES += [Devices("gpu", 4, has_float8=False)]
@@ -36,7 +40,7 @@ def config_of(**changes: Any) -> TrainConfig:
 
 
 @given(st.fixed_dictionaries({name: st.sampled_from(values) for name, values in MATRIX.items()}), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 def test_what_is_refused_has_a_nearest_plan_that_works(chosen: dict[str, Any], data: st.DataObject) -> None:
     devices = data.draw(st.sampled_from(DEVICES))
     config = config_of(**chosen)
@@ -51,7 +55,7 @@ def test_what_is_refused_has_a_nearest_plan_that_works(chosen: dict[str, Any], d
         fewer = {name: value for name, value in changes.items() if name != key}
         assert parallel.refusals(config.with_overrides(fewer), devices)
     made = parallel.plan(config.with_overrides(changes), devices)
-    places = made.num_workers * made.accumulation_steps * made.micro_batch_sequences
+    places = made.num_replicas * made.accumulation_steps * made.micro_batch_sequences
     assert places - made.filler_sequences == config.global_batch_sequences
     assert made.missing_devices == (max(0, 4 - devices.number) if devices.number else 0)
 
@@ -72,6 +76,22 @@ def test_what_is_refused_has_a_nearest_plan_that_works(chosen: dict[str, Any], d
         ({"float8": "rowwise", "dtype": "bfloat16"}, Devices("gpu", 4, has_float8=False), {"float8": "none"}),
         ({"float8": "tensorwise", "model": MOE}, Devices("cpu", 4), {"float8": "none"}),
         ({"min_workers": 1, "offload_optimizer": "nvme"}, Devices("gpu", 4), {"min_workers": 0}),
+        ({"sequence_parallel": 4}, Devices("gpu", 4), {}),
+        ({"sequence_parallel": 3}, Devices(), {"sequence_parallel": 2}),
+        ({"sequence_parallel": 2, "document_masking": True}, Devices(), {"sequence_parallel": 1}),
+        ({"sequence_parallel": 2, "model": MOE}, Devices(), {"sequence_parallel": 1}),
+        ({"sequence_parallel": 2, "attention": "flash_attention_2"}, Devices("gpu"), {"attention": "sdpa"}),
+        ({"sequence_parallel": 2, "tensor_parallel": 2}, Devices(), {"tensor_parallel": 1}),
+        ({"sequence_parallel": 2, "adapter": {"rank": 4}}, Devices(), {"sequence_parallel": 1}),
+        ({"tensor_parallel": 2}, Devices(), {"zero_stage": 2}),
+        ({"tensor_parallel": 2, "zero_stage": 1, "min_workers": 2}, Devices(), {"min_workers": 0}),
+        (
+            {"tensor_parallel": 4, "zero_stage": 1, "model": {"num_key_value_heads": 2}},
+            Devices(),
+            {"tensor_parallel": 2},
+        ),
+        ({"tensor_parallel": 2, "offload_optimizer": "nvme"}, Devices(), {"tensor_parallel": 1}),
+        ({"tensor_parallel": 2, "zero_stage": 2, "compile": True}, Devices(), {"compile": False}),
     ],
 )
 def test_nearest(changes: dict[str, Any], devices: Devices, nearest: dict[str, Any]) -> None:
@@ -84,3 +104,14 @@ def test_a_plan_in_words() -> None:
         "4 workers × 2 forward passes × 2 blocks, 6 of them filled up without weight",
         "waits for 1 more device",
     ]
+
+
+def test_a_plan_of_workers_that_share() -> None:
+    made = parallel.plan(config_of(sequence_parallel=2, micro_batch_sequences=4), Devices("gpu", 4))
+    assert made.lines == ["2 × 2 workers that share a model × 4 forward passes × 4 blocks"]
+
+
+def test_a_batch_that_is_too_small_without_sharing() -> None:
+    config = config_of(sequence_parallel=4, global_batch_sequences=1, document_masking=True)
+    with pytest.raises(ValueError, match=r"Ulysses drops the mask[\s\S]*\(1\) must not be below num_workers \(4\)"):
+        parallel.plan(config, Devices())

@@ -23,9 +23,18 @@ def test_a_run_is_resumed_only_with_the_same_settings_and_data(tmp_path: Path) -
     ):
         with pytest.raises(ValueError, match=said):
             open_run(run, other, overwrite=False)
+    assert open_run(run, draft(sequence_parallel=2), overwrite=False) == name
+    with pytest.raises(ValueError, match="holds a run with tensor_parallel: 1, now 2"):
+        open_run(run, draft(tensor_parallel=2), overwrite=False)
     (tmp_path / "checkpoints").mkdir()
     assert open_run(run, draft(seed=1), overwrite=True) != name
     assert [path.name for path in tmp_path.iterdir()] == [RECORD]
+
+
+def test_workers_that_share_matrices_stay_as_many(tmp_path: Path) -> None:
+    open_run(str(tmp_path), draft(tensor_parallel=2), overwrite=False)
+    with pytest.raises(ValueError, match="holds a run with num_workers: 2, now 4"):
+        open_run(str(tmp_path), draft(tensor_parallel=2, num_workers=4), overwrite=False)
 
 
 @pytest.mark.parametrize(("content", "kept"), [('{"checkpoint_resu', False), ("{}", True)])
