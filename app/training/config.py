@@ -169,6 +169,9 @@ class TrainConfig(RunConfig):
     global_batch_sequences: int = Field(32, ge=1, description="token blocks in one optimizer step, over all workers")
     micro_batch_sequences: int = Field(8, ge=1, description="token blocks in one forward pass of one worker")
     num_workers: int = Field(2, ge=1, description="Ray Train workers: one GPU each, or one CPU where there is no GPU")
+    pipeline_stages: int = Field(
+        1, ge=1, description="each worker holds so small a share of the layers; that many together are one replica"
+    )
     min_workers: int = Field(0, ge=0, description="go on with so few when nodes are lost; 0: wait for num_workers")
     resize_check_seconds: float = Field(60.0, gt=0, description="how often min_workers < n looks for new nodes")
     document_masking: bool = Field(False, description="a document does not see others in its block")
@@ -197,10 +200,10 @@ class TrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
-        if self.global_batch_sequences < self.num_workers:
+        if self.global_batch_sequences * self.pipeline_stages < self.num_workers:
             raise ValueError(
                 f"global_batch_sequences ({self.global_batch_sequences}) must not be below num_workers "
-                f"({self.num_workers})"
+                f"({self.num_workers}) / pipeline_stages ({self.pipeline_stages})"
             )
         if self.min_workers > self.num_workers:
             raise ValueError(f"min_workers ({self.min_workers}) must not exceed num_workers ({self.num_workers})")
@@ -216,7 +219,8 @@ class TrainConfig(RunConfig):
 
     def accumulation_steps(self, num_workers: int) -> int:
         """Forward passes of each worker in one optimizer step; the last may be filled up with rows of no weight."""
-        return math.ceil(math.ceil(self.global_batch_sequences / num_workers) / self.micro_batch_sequences)
+        num_replicas = max(1, num_workers // self.pipeline_stages)
+        return math.ceil(math.ceil(self.global_batch_sequences / num_replicas) / self.micro_batch_sequences)
 
     @property
     def kind(self) -> Literal["model", "adapter"]:
@@ -226,12 +230,14 @@ class TrainConfig(RunConfig):
     def plan(self) -> list[str]:
         """Workers, steps and where the checkpoints are."""
         from app.artifacts import states  # fsspec is not needed to answer --help
+        from app.training.stages import describe_schedule
 
         method = "QLoRA" if self.adapter.load_in_4bit else "LoRA"
         what = f"{method} of rank {self.adapter.rank} on {self.init_from_uri}" if self.adapter.rank else "all weights"
         return [
             f"train {what}: {self.num_steps} steps of {self.global_batch_sequences} blocks on {self.num_workers} "
             f"workers, ZeRO-{self.zero_stage}, {self.accumulation_steps(self.num_workers)} forward passes a step",
+            *describe_schedule(self.pipeline_stages, self.num_workers, self.accumulation_steps(self.num_workers)),
             f"resume from the newest checkpoint in {self.resolve(self.checkpoints_uri)}, if any",
             *states(self),
         ]

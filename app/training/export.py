@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from app import storage
 from app.models import TURN_END
-from app.training import adapter, checkpoint, held_out, journal
+from app.training import adapter, checkpoint, held_out, journal, stages
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
 
@@ -150,9 +151,25 @@ def _whole_weights(run_uri: str, manifest: CheckpointManifest) -> Any:
     if damage := checkpoint.find_damage(run_uri, manifest):
         raise ValueError(f"{damage}; submit the job again to go on from the checkpoint before")
     with storage.local_copy(f"{checkpoint.folder(run_uri)}/{manifest.name}") as folder:
+        if manifest.config.get("pipeline_stages", 1) > 1:
+            return _joined(folder, run_uri)
         if manifest.zero_stage == 0:
             return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints bars
             return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+
+
+def _joined(folder: Path, run_uri: str) -> dict[str, Any]:
+    """The weights from the files that a pipeline writes, one for each of its parts; tied ones are there once."""
+    import torch
+
+    with storage.open_file(f"{run_uri}/{ARCHITECTURE}/config.json") as file:
+        num_layers = json.load(file)["num_hidden_layers"]
+    weights = {}
+    for path in sorted(folder.glob("layer_*-model_states.pt")):
+        index = int(path.name.removeprefix("layer_").split("-")[0])
+        for name, tensor in torch.load(path, map_location="cpu", weights_only=False).items():
+            weights[stages.exported_name(name, index, num_layers)] = tensor
+    return weights

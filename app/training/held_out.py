@@ -56,14 +56,18 @@ class HeldOut:
         nats = self._nats(model, micro_batch, rank, world_size)
         if world_size > 1:
             torch.distributed.all_reduce(nats)
-        return float(nats) / math.log(2) / self.scored_bytes
+        return self.bits_per_byte_of(float(nats))
+
+    def bits_per_byte_of(self, nats: float) -> float:
+        """Of the cross-entropy of all blocks together."""
+        return nats / math.log(2) / self.scored_bytes
 
     @torch.no_grad()
     def preferences(self, model: Any, micro_batch: int, rank: int = 0, world_size: int = 1) -> dict[str, float]:
         """Loss, share told right, and reward margin, means over the pairs; collective when there are several ranks."""
         sums = torch.zeros(4, dtype=torch.float64, device=model.device)
         model.eval()
-        for rows, inside in self._passes(micro_batch, rank, world_size):
+        for rows, inside in self.passes(micro_batch, rank, world_size):
             inputs = batch_of([(self.blocks, int(row)) for row in rows], int(inside.sum()))
             tensors = {name: torch.from_numpy(array).to(model.device) for name, array in inputs.items()}
             judged = preference.judge(model, tensors, self.blocks.block_tokens, self.beta)
@@ -78,7 +82,7 @@ class HeldOut:
             "held_out_reward_margin": margin / count,
         }
 
-    def _passes(self, micro_batch: int, rank: int, world_size: int) -> Iterator[tuple[Rows, npt.NDArray[np.bool_]]]:
+    def passes(self, micro_batch: int, rank: int, world_size: int) -> Iterator[tuple[Rows, npt.NDArray[np.bool_]]]:
         """Rows of this rank's forward passes, as many as the others have; block 0 fills up and is not inside."""
         once = micro_batch * world_size
         for start in range(0, len(self.blocks), once):
@@ -92,19 +96,26 @@ class HeldOut:
         device = model.device
         nats = torch.zeros((), dtype=torch.float64, device=device)
         model.eval()
-        for chosen, inside in self._passes(micro_batch, rank, world_size):
+        for chosen, inside in self.passes(micro_batch, rank, world_size):
             inputs = {"input_ids": torch.from_numpy(self.blocks.input_ids[chosen]).long().to(device)}  # [B, T]
             if self.blocks.loss_mask is not None:  # packed conversations do not see each other
                 positions = positions_of([(self.blocks, int(row)) for row in chosen], self.blocks.block_tokens)
                 inputs["position_ids"] = torch.from_numpy(positions).to(device)
-            logits = _logits(model, inputs)[:, :-1].float()  # [B, T-1, V]
-            targets = inputs["input_ids"][:, 1:]
-            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-            if self.blocks.loss_mask is not None:
-                losses = losses * torch.from_numpy(self.blocks.loss_mask[chosen][:, 1:]).to(device)
-            nats += losses.sum(1).double()[torch.from_numpy(inside)].sum()
+            mask = self.blocks.loss_mask
+            given = None if mask is None else torch.from_numpy(mask[chosen]).to(device)
+            summed = row_nats(_logits(model, inputs), inputs["input_ids"], given)
+            nats += summed[torch.from_numpy(inside)].sum()
         model.train()
         return nats
+
+
+def row_nats(logits: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Cross-entropy of each block [B], of the tokens after its first that the mask [B, T] has; logits [B, T, V]."""
+    ahead = logits[:, :-1].float().transpose(1, 2)  # [B, V, T-1]
+    losses = torch.nn.functional.cross_entropy(ahead, input_ids[:, 1:], reduction="none")
+    if mask is not None:
+        losses = losses * mask[:, 1:]
+    return losses.sum(1).double()
 
 
 def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

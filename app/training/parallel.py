@@ -2,7 +2,7 @@
 
 Each rule looks at one combination and gives the reason why it does not work and the setting that works instead. A
 refusal names all reasons and, with all changes made, the nearest job that would run.
-It does not look at memory (planning does) and knows data parallelism only: ZeRO 0 to 3.
+It does not look at memory (planning does) and knows data parallelism, ZeRO 0 to 3, and pipelines of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from app.training.config import TrainConfig
+from app.training.stages import FAMILIES, describe_schedule
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,24 @@ class ParallelPlan:
     micro_batch_sequences: int
     filler_sequences: int  # rows without weight that fill up the last forward passes of a step
     missing_devices: int  # that the job waits for
+    num_stages: int = 1  # of the workers, so many together are one replica
+    pipeline: tuple[str, ...] = ()  # its schedule in words
+
+    @property
+    def num_replicas(self) -> int:
+        """Of the model, each with its own share of the batch."""
+        return self.num_workers // self.num_stages
 
     @property
     def lines(self) -> list[str]:
         """The plan in words."""
         passes = f"{self.accumulation_steps} forward pass{'es' if self.accumulation_steps > 1 else ''}"
-        said = f"{self.num_workers} workers × {passes} × {self.micro_batch_sequences} blocks"
+        who = f"{self.num_workers} workers" if self.num_stages == 1 else f"{self.num_replicas} replicas"
+        said = f"{who} × {passes} × {self.micro_batch_sequences} blocks"
         if self.filler_sequences:
             said += f", {self.filler_sequences} of them filled up without weight"
         waits = f"waits for {self.missing_devices} more device{'s' if self.missing_devices > 1 else ''}"
-        return [said, *([waits] if self.missing_devices else [])]
+        return [said, *self.pipeline, *([waits] if self.missing_devices else [])]
 
 
 Rule = Callable[[TrainConfig, Devices], Refusal | None]
@@ -62,7 +71,7 @@ def plan(config: TrainConfig, devices: Devices) -> ParallelPlan:
         arguments = " ".join(f"--{key} {str(value).lower()}" for key, value in changes.items())
         raise ValueError("\n".join([*reasons, f"the nearest job that works: {arguments}"]))
     passes = config.accumulation_steps(config.num_workers)
-    places = config.num_workers * passes * config.micro_batch_sequences
+    places = config.num_workers // config.pipeline_stages * passes * config.micro_batch_sequences
     missing = max(0, config.num_workers - devices.number) if devices.number else 0
     return ParallelPlan(
         num_workers=config.num_workers,
@@ -70,6 +79,8 @@ def plan(config: TrainConfig, devices: Devices) -> ParallelPlan:
         micro_batch_sequences=config.micro_batch_sequences,
         filler_sequences=places - config.global_batch_sequences,
         missing_devices=missing,
+        num_stages=config.pipeline_stages,
+        pipeline=tuple(describe_schedule(config.pipeline_stages, config.num_workers, passes)),
     )
 
 
@@ -123,7 +134,8 @@ def _gpu_attention_on_cpu(config: TrainConfig, devices: Devices) -> Refusal | No
 
 
 def _flash_attention_in_float32(config: TrainConfig, devices: Devices) -> Refusal | None:
-    if config.attention == "flash_attention_2" and config.dtype == "float32" and devices.kind != "cpu":
+    fits = config.pipeline_stages == 1 and devices.kind != "cpu"  # else another rule changes it
+    if config.attention == "flash_attention_2" and config.dtype == "float32" and fits:
         return Refusal("attention flash_attention_2: computes in 16 bits only", "dtype", "bfloat16")
     return None
 
@@ -144,6 +156,74 @@ def _no_device_to_score_on(config: TrainConfig, devices: Devices) -> Refusal | N
     return None
 
 
+def _not_cut_into_stages(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if config.pipeline_stages == 1 or not (uncut := _uncut(config)):
+        return None
+    return Refusal(f"pipeline_stages with {uncut}", "pipeline_stages", 1)
+
+
+def _uncut(config: TrainConfig) -> str:
+    """What of the job stages do not go with, and why; "" if nothing is against them."""
+    if config.adapter.rank:
+        return "adapter.rank: an adapter is not cut into stages"
+    if config.model.architecture not in FAMILIES and not config.init_from_uri:
+        return f"model.architecture {config.model.architecture}: only {' and '.join(FAMILIES)} are cut into stages"
+    if config.offload_optimizer == "nvme":
+        return "offload_optimizer nvme: it needs ZeRO-3, which has no stages"
+    return ""
+
+
+def _is_pipeline(config: TrainConfig) -> bool:
+    return config.pipeline_stages > 1 and not _uncut(config)
+
+
+def _stages_do_not_divide(config: TrainConfig, devices: Devices) -> Refusal | None:
+    num_stages, num_workers = config.pipeline_stages, config.num_workers
+    most = num_stages if config.init_from_uri else min(num_stages, config.model.num_layers)
+    fitting = max(number for number in range(1, most + 1) if num_workers % number == 0)
+    if not _is_pipeline(config) or fitting == num_stages:
+        return None
+    if num_workers % num_stages:
+        reason = f"pipeline_stages {num_stages}: does not divide num_workers ({num_workers})"
+    else:
+        reason = f"pipeline_stages {num_stages}: more than model.num_layers ({config.model.num_layers})"
+    return Refusal(reason, "pipeline_stages", fitting)
+
+
+def _pipeline_beside_zero_1(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if _is_pipeline(config) and config.zero_stage == 0:
+        return Refusal("pipeline_stages with zero_stage 0: each stage would clip by its own norm", "zero_stage", 1)
+    if _is_pipeline(config) and config.zero_stage > 1:
+        reason = f"pipeline_stages with zero_stage {config.zero_stage}: DeepSpeed cuts no gradients within a stage"
+        return Refusal(reason, "zero_stage", 1)
+    return None
+
+
+def _pipeline_with_offload(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if _is_pipeline(config) and config.offload_optimizer == "cpu":
+        return Refusal("pipeline_stages with offload_optimizer cpu: not tried", "offload_optimizer", "none")
+    return None
+
+
+def _pipeline_attention(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if _is_pipeline(config) and config.attention not in ("sdpa", "eager"):
+        return Refusal(f"pipeline_stages with attention {config.attention}: not tried", "attention", "sdpa")
+    return None
+
+
+def _elastic_pipeline(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if _is_pipeline(config) and 0 < config.min_workers < config.num_workers:
+        reason = "pipeline_stages with min_workers: the stages' checkpoints are for one number of workers"
+        return Refusal(reason, "min_workers", 0)
+    return None
+
+
+def _compiled_pipeline(config: TrainConfig, devices: Devices) -> Refusal | None:
+    if _is_pipeline(config) and config.compile:
+        return Refusal("pipeline_stages with compile: not tried", "compile", False)
+    return None
+
+
 _RULES: tuple[Rule, ...] = (
     _offload_without_zero,
     _nvme_below_zero_3,
@@ -153,4 +233,11 @@ _RULES: tuple[Rule, ...] = (
     _flash_attention_in_float32,
     _4bit_under_zero_3,
     _no_device_to_score_on,
+    _not_cut_into_stages,
+    _stages_do_not_divide,
+    _pipeline_beside_zero_1,
+    _pipeline_with_offload,
+    _pipeline_attention,
+    _elastic_pipeline,
+    _compiled_pipeline,
 )

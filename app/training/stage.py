@@ -34,6 +34,7 @@ from app.training import checkpoint, goodput, journal, ledger, parallel, record,
 from app.training.batches import PAIRS, open_plan, read_tokens
 from app.training.config import TrainConfig
 from app.training.families import refuse_unwatched
+from app.training.stages import refuse_uncut
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def run(config: TrainConfig) -> Manifest:
     clear(uri)
     run_uri = config.resolve(config.checkpoints_uri)
     run_name = open_run(run_uri, draft, config.overwrite)
+    _refuse_resize(config, run_uri)
     job: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "run_uri": run_uri,
@@ -124,7 +126,10 @@ def read_inputs(config: TrainConfig) -> dict[str, Input]:
         except ValueError as error:
             raise ValueError(f"init_from_uri: {error}") from None
         with storage.open_file(f"{uri}/config.json") as file:
-            refuse_unwatched(json.load(file))
+            settings = json.load(file)
+        refuse_unwatched(settings)
+        if config.pipeline_stages > 1:
+            refuse_uncut(settings, config.pipeline_stages)
     return inputs
 
 
@@ -144,6 +149,17 @@ def open_run(run_uri: str, draft: Manifest, overwrite: bool) -> str:
     name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     record.write(run_uri, RECORD, now | {"name": name})
     return name
+
+
+def _refuse_resize(config: TrainConfig, run_uri: str) -> None:
+    """A checkpoint of a pipeline is for as many workers as wrote it. Raises ValueError if there are others now."""
+    complete = checkpoint.find_complete(run_uri) if config.pipeline_stages > 1 else []
+    if complete and complete[0].world_size != config.num_workers:
+        raise ValueError(
+            f"num_workers: {config.num_workers}, but {run_uri} holds checkpoints of a pipeline on "
+            f"{complete[0].world_size} workers, and it goes on with as many only: set num_workers to that, "
+            "checkpoints_uri to another folder, or --overwrite true to start again"
+        )
 
 
 def _forget_damaged_snapshot(run_uri: str) -> None:

@@ -21,7 +21,9 @@ MATRIX: dict[str, list[Any]] = {
     "validation": ["inline", "async"],
     "activation_checkpointing": [False, True],
     "adapter": [{}, {"rank": 4}, {"rank": 4, "load_in_4bit": True}],
-    "model": [{}, {"architecture": "qwen3"}, MOE],
+    "model": [{}, {"architecture": "qwen3"}, MOE, {"architecture": "olmo3"}, {"num_layers": 2}],
+    "pipeline_stages": [1, 2, 3, 4],
+    "compile": [False, True],
 }
 DEVICES = [Devices(), *(Devices(kind, number) for kind, number in product(("cpu", "gpu"), (2, 4, 5)))]
 
@@ -49,7 +51,7 @@ def test_what_is_refused_has_a_nearest_plan_that_works(chosen: dict[str, Any], d
         fewer = {name: value for name, value in changes.items() if name != key}
         assert parallel.refusals(config.with_overrides(fewer), devices)
     made = parallel.plan(config.with_overrides(changes), devices)
-    places = made.num_workers * made.accumulation_steps * made.micro_batch_sequences
+    places = made.num_replicas * made.accumulation_steps * made.micro_batch_sequences
     assert places - made.filler_sequences == config.global_batch_sequences
     assert made.missing_devices == (max(0, 4 - devices.number) if devices.number else 0)
 
@@ -66,6 +68,16 @@ def test_what_is_refused_has_a_nearest_plan_that_works(chosen: dict[str, Any], d
         ({"validation": "async"}, Devices("gpu", 5), {}),
         ({"adapter": {"rank": 4, "load_in_4bit": True}}, Devices(), {"zero_stage": 2}),
         ({"min_workers": 1, "offload_optimizer": "nvme"}, Devices("gpu", 4), {"min_workers": 0}),
+        ({"pipeline_stages": 2}, Devices(), {"zero_stage": 1}),
+        ({"pipeline_stages": 3, "zero_stage": 1}, Devices(), {"pipeline_stages": 2}),
+        ({"pipeline_stages": 4, "zero_stage": 1, "model": {"num_layers": 3}}, Devices(), {"pipeline_stages": 2}),
+        ({"pipeline_stages": 2, "zero_stage": 3, "model": MOE}, Devices(), {"pipeline_stages": 1}),
+        ({"pipeline_stages": 2, "zero_stage": 3, "offload_optimizer": "nvme"}, Devices(), {"pipeline_stages": 1}),
+        (
+            {"pipeline_stages": 2, "attention": "flash_attention_2", "min_workers": 2, "compile": True},
+            Devices("gpu"),
+            {"attention": "sdpa", "min_workers": 0, "compile": False, "zero_stage": 1},
+        ),
     ],
 )
 def test_nearest(changes: dict[str, Any], devices: Devices, nearest: dict[str, Any]) -> None:
@@ -78,3 +90,13 @@ def test_a_plan_in_words() -> None:
         "4 workers × 2 forward passes × 2 blocks, 6 of them filled up without weight",
         "waits for 1 more device",
     ]
+
+
+def test_a_plan_of_stages_in_words() -> None:
+    config = config_of(pipeline_stages=2, zero_stage=1, global_batch_sequences=30, micro_batch_sequences=5)
+    assert parallel.plan(config, Devices("gpu", 4)).lines == [
+        "2 replicas × 3 forward passes × 5 blocks",
+        "pipeline of 2 stages × 2 replicas: of 3 micro-batches a step a stage waits 25.0 % for the others; "
+        "a smaller micro_batch_sequences or a larger global_batch_sequences makes more of them",
+    ]
+    assert config.plan()[1].startswith("pipeline of 2 stages × 2 replicas")
