@@ -78,7 +78,7 @@ def run(config: TrainConfig) -> Manifest:
     clear(uri)
     run_uri = config.resolve(config.checkpoints_uri)
     run_name = open_run(run_uri, draft, config.overwrite)
-    _refuse_resize(config, run_uri)
+    refuse_resize(config, run_uri)
     job: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "run_uri": run_uri,
@@ -151,7 +151,7 @@ def open_run(run_uri: str, draft: Manifest, overwrite: bool) -> str:
     return name
 
 
-def _refuse_resize(config: TrainConfig, run_uri: str) -> None:
+def refuse_resize(config: TrainConfig, run_uri: str) -> None:
     """A checkpoint of a pipeline is for as many workers as wrote it. Raises ValueError if there are others now."""
     complete = checkpoint.find_complete(run_uri) if config.pipeline_stages > 1 else []
     if complete and complete[0].world_size != config.num_workers:

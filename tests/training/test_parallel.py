@@ -99,4 +99,4 @@ def test_a_plan_of_stages_in_words() -> None:
         "pipeline of 2 stages × 2 replicas: of 3 micro-batches a step a stage waits 25.0 % for the others; "
         "a smaller micro_batch_sequences or a larger global_batch_sequences makes more of them",
     ]
-    assert config.plan()[1].startswith("pipeline of 2 stages × 2 replicas")
+    assert config.with_overrides({"storage_uri": "/nowhere"}).plan()[1].startswith("pipeline of 2 stages × 2 replicas")
