@@ -31,6 +31,8 @@ def run(config: PlanConfig) -> Capacity:
     train, shape, number = config.train_model, Shape(config.vocab_size, config.block_tokens), _number(config)
     if train.init_from_uri:
         raise ValueError("train_model.init_from_uri: describe the model in train_model.model; a folder is not read")
+    if train.pipeline_stages > 1:
+        raise ValueError("train_model.pipeline_stages: the estimate does not know stages; set it to 1")
     layout = parallel.plan(train, parallel.Devices("cpu" if config.device == "CPU" else "gpu"))
     memory = estimate.memory_of(train, shape, number)
     room = room_bytes(config)
