@@ -15,6 +15,7 @@ from typing import Any
 from app.planning.estimate import GIB, Memory, Shape, memory_of
 from app.training import parallel
 from app.training.config import TrainConfig
+from app.training.refusals import Devices
 
 MOST_DEVICES = 4096
 _COSTS = {"zero_stage": 1.0, "micro_batch_sequences": 2.0, "activation_checkpointing": 3.0, "offload_optimizer": 8.0}
@@ -110,7 +111,7 @@ def _cost(config: TrainConfig, trial: tuple[dict[str, Any], int], num_devices: i
 def _try(config: TrainConfig, shape: Shape, changes: dict[str, Any], devices: int) -> Memory | None:
     """What the changed job takes; None if training would refuse it."""
     changed = config.with_overrides(changes)
-    if parallel.refusals(changed, parallel.Devices()):
+    if parallel.refusals(changed, Devices()):
         return None
     return memory_of(changed, shape, devices)
 

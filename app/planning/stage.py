@@ -6,13 +6,15 @@ Needs no cluster and writes nothing; the answer is a table. Estimates are estima
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from app.devices import MEMORY_GIB, published_flops
+from app.devices import MEMORY_GIB, has_float8, published_flops
 from app.planning import estimate, search
 from app.planning.config import PlanConfig
 from app.planning.estimate import GIB, Shape
 from app.planning.search import gib
 from app.training import parallel
+from app.training.refusals import Devices
 from app.training.sizes import count_parameters
 
 Rows = list[tuple[str, str]]
@@ -31,7 +33,13 @@ def run(config: PlanConfig) -> Capacity:
     train, shape, number = config.train_model, Shape(config.vocab_size, config.block_tokens), _number(config)
     if train.init_from_uri:
         raise ValueError("train_model.init_from_uri: describe the model in train_model.model; a folder is not read")
-    layout = parallel.plan(train, parallel.Devices("cpu" if config.device == "CPU" else "gpu"))
+    if train.workers_per_replica > 1:
+        raise ValueError(
+            "train_model: the estimate does not know workers that share a model; set sequence_parallel, "
+            "tensor_parallel and pipeline_stages to 1"
+        )
+    kind: Literal["cpu", "gpu"] = "cpu" if config.device == "CPU" else "gpu"
+    layout = parallel.plan(train, Devices(kind, has_float8=has_float8(config.device)))
     memory = estimate.memory_of(train, shape, number)
     room = room_bytes(config)
     rows = [*_model_rows(config), *_memory_rows(config, memory), ("a step", layout.lines[0])]

@@ -173,6 +173,7 @@ class TrainConfig(RunConfig):
         1, ge=1, description="workers that share one block's tokens (Ulysses); the others share out the batch"
     )
     tensor_parallel: int = Field(1, ge=1, description="workers that share each layer's matrices; ZeRO 0 to 2")
+    pipeline_stages: int = Field(1, ge=1, description="workers that share out one model's layers; ZeRO-1")
     min_workers: int = Field(0, ge=0, description="go on with so few when nodes are lost; 0: wait for num_workers")
     resize_check_seconds: float = Field(60.0, gt=0, description="how often min_workers < n looks for new nodes")
     document_masking: bool = Field(False, description="a document does not see others in its block")
@@ -227,7 +228,7 @@ class TrainConfig(RunConfig):
     @property
     def workers_per_replica(self) -> int:
         """Workers that see the same blocks: they share one forward pass."""
-        return self.sequence_parallel * self.tensor_parallel
+        return self.sequence_parallel * self.tensor_parallel * self.pipeline_stages
 
     def num_replicas(self, num_workers: int) -> int:
         """The data-parallel degree: in how many parts the batch is shared out; 1 where the degrees do not divide."""
@@ -246,12 +247,14 @@ class TrainConfig(RunConfig):
     def plan(self) -> list[str]:
         """Workers, steps and where the checkpoints are."""
         from app.artifacts import states  # fsspec is not needed to answer --help
+        from app.training.stages import describe_schedule
 
         method = "QLoRA" if self.adapter.load_in_4bit else "LoRA"
         what = f"{method} of rank {self.adapter.rank} on {self.init_from_uri}" if self.adapter.rank else "all weights"
         return [
             f"train {what}: {self.num_steps} steps of {self.global_batch_sequences} blocks on {self.num_workers} "
             f"workers, ZeRO-{self.zero_stage}, {self.accumulation_steps(self.num_workers)} forward passes a step",
+            *describe_schedule(self.pipeline_stages, self.num_workers, self.accumulation_steps(self.num_workers)),
             f"resume from the newest checkpoint in {self.resolve(self.checkpoints_uri)}, if any",
             *states(self),
         ]

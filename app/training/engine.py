@@ -6,13 +6,13 @@ matrices only. It does not load checkpoints; saver.py does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from app.training import adapter, float8, sharing
+from app.training import adapter, float8, pipeline, sharing
 from app.training.config import TrainConfig
 from app.training.export import load_base
 from app.training.families import active_share, architecture, use_windows
@@ -41,8 +41,12 @@ def build(config: TrainConfig, shape: Mapping[str, int], world_size: int, use_gp
     mpu = None
     if config.sequence_parallel > 1:
         mpu = sharing.share_tokens(model, config.sequence_parallel, config.micro_batch_sequences)
+    named: Iterable[tuple[str, torch.nn.Parameter]] = model.named_parameters()
+    if config.pipeline_stages > 1:
+        model = pipeline.cut(model, config)
+        named = model.exported_parameters()
     optimizer = torch.optim.AdamW(
-        _parameter_groups(model, config.optimizer.weight_decay),
+        _parameter_groups(named, config.optimizer.weight_decay),
         lr=config.optimizer.learning_rate,
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         fused=use_gpu and config.offload_optimizer == "none",
@@ -71,6 +75,11 @@ def _clip_plain_gradients(engine: Any) -> None:
         engine._global_grad_norm = float(norm)
 
     engine.clip_fp32_gradients = clip
+
+
+def whole_model(engine: Any) -> Any:
+    """The transformers model that is trained; where a rank has one stage of it, all of it without its weights."""
+    return engine.module.whole[0] if isinstance(engine.module, pipeline.Staged) else engine.module
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
@@ -114,10 +123,10 @@ def _pretrained(config: TrainConfig, shape: Mapping[str, int]) -> Any:
     return model
 
 
-def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         if not parameter.requires_grad:
             continue
         is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ZeRO-3 leaves a flat shard behind

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from app import storage
 from app.models import TURN_END
-from app.training import adapter, checkpoint, held_out, journal
+from app.training import adapter, checkpoint, held_out, journal, stages
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
 
@@ -53,9 +53,12 @@ def load_whole(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) 
     with storage.local_copy(f"{run_uri}/{ARCHITECTURE}") as folder:
         model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, config.dtype))
-    weights = (
-        _joined_weights(run_uri, manifest, model) if config.tensor_parallel > 1 else _whole_weights(run_uri, manifest)
-    )
+    if config.tensor_parallel > 1:
+        weights = _joined_matrices(run_uri, manifest, model)
+    elif config.pipeline_stages > 1:
+        weights = _joined_stages(run_uri, manifest, model_config.num_hidden_layers)
+    else:
+        weights = _whole_weights(run_uri, manifest)
     model.load_state_dict(weights, strict=not model_config.tie_word_embeddings)  # tied: the output's own is not stored
     model.tie_weights()
     return model
@@ -159,7 +162,7 @@ def _files_of(run_uri: str, manifest: CheckpointManifest) -> Iterator[Path]:
         yield folder
 
 
-def _joined_weights(run_uri: str, manifest: CheckpointManifest, model: Any) -> dict[str, Any]:
+def _joined_matrices(run_uri: str, manifest: CheckpointManifest, model: Any) -> dict[str, Any]:
     """Of a model whose matrices are cut: each tensor-parallel rank's file holds its part of all of them."""
     import torch
 
@@ -169,6 +172,19 @@ def _joined_weights(run_uri: str, manifest: CheckpointManifest, model: Any) -> d
         parts = [torch.load(file, map_location="cpu", weights_only=False)["module"] for file in files]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return {name: join([part[name] for part in parts], shapes[name]) for name in parts[0]}
+
+
+def _joined_stages(run_uri: str, manifest: CheckpointManifest, num_layers: int) -> dict[str, Any]:
+    """Of a pipeline, which writes a file for each of its parts; tied weights are there once."""
+    import torch
+
+    weights = {}
+    with _files_of(run_uri, manifest) as folder:
+        for path in sorted(folder.glob("layer_*-model_states.pt")):
+            index = int(path.name.removeprefix("layer_").split("-")[0])
+            for name, tensor in torch.load(path, map_location="cpu", weights_only=False).items():
+                weights[stages.exported_name(name, index, num_layers)] = tensor
+    return weights
 
 
 def join(parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:

@@ -59,7 +59,11 @@ class HeldOut:
         nats = self._nats(model, micro_batch, layout)
         if layout.world_size > 1:
             torch.distributed.all_reduce(nats)
-        return float(nats) / layout.tensor_size / math.log(2) / self.scored_bytes
+        return self.bits_per_byte_of(float(nats) / layout.tensor_size)
+
+    def bits_per_byte_of(self, nats: float) -> float:
+        """Of the cross-entropy of all blocks together."""
+        return nats / math.log(2) / self.scored_bytes
 
     @torch.no_grad()
     def preferences(self, model: Any, micro_batch: int, layout: Layout = ALONE) -> dict[str, float]:
@@ -89,27 +93,42 @@ class HeldOut:
             inside = rows < len(self.blocks)
             yield np.where(inside, rows, 0), inside
 
-    @torch.no_grad()
-    def _nats(self, model: Any, micro_batch: int, layout: Layout) -> torch.Tensor:
-        """Sum over this rank's blocks, of its tokens; every rank runs as many forward passes as the others."""
-        device = model.device
-        nats = torch.zeros((), dtype=torch.float64, device=device)
-        model.eval()
+    def batches(self, micro_batch: int, layout: Layout) -> Iterator[dict[str, torch.Tensor]]:
+        """The inputs [B, T] of each of this rank's forward passes, with `targets`: the token after each, if it counts.
+
+        Every rank has as many as the others.
+        """
         for chosen, inside in self._passes(micro_batch, layout):
-            ids = torch.from_numpy(self.blocks.input_ids[chosen]).long()  # [B, T]
+            ids = torch.from_numpy(self.blocks.input_ids[chosen]).long()
             batch, labels = {"input_ids": ids}, ids.masked_fill(~torch.from_numpy(inside)[:, None], IGNORED)
             if self.blocks.loss_mask is not None:  # packed conversations do not see each other
                 labels[torch.from_numpy(~self.blocks.loss_mask[chosen])] = IGNORED
                 positions = positions_of([(self.blocks, int(row)) for row in chosen], self.blocks.block_tokens)
                 batch["position_ids"] = torch.from_numpy(positions)
-            batch = sharing.own_tokens({**batch, "targets": sharing.next_tokens(labels)}, layout)
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            yield {**batch, "targets": sharing.next_tokens(labels)}
+
+    def num_passes(self, micro_batch: int, layout: Layout) -> int:
+        """Of each rank."""
+        return math.ceil(len(self.blocks) / (micro_batch * layout.data_size))
+
+    @torch.no_grad()
+    def _nats(self, model: Any, micro_batch: int, layout: Layout) -> torch.Tensor:
+        """Sum over this rank's blocks, of its tokens."""
+        nats = torch.zeros((), dtype=torch.float64, device=model.device)
+        model.eval()
+        for batch in self.batches(micro_batch, layout):
+            inputs = {name: own.to(model.device) for name, own in sharing.own_tokens(batch, layout).items()}
             targets = inputs.pop("targets")
-            logits = _logits(model, inputs).float()  # [B, T, V]
-            losses = functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-            nats += losses.sum(1).double().sum()
+            nats += nats_of(_logits(model, inputs), targets)
         model.train()
         return nats
+
+
+def nats_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over the targets [B, T] that count; logits [B, T, V]."""
+    ahead = logits.float().transpose(1, 2)
+    losses = functional.cross_entropy(ahead, targets, ignore_index=IGNORED, reduction="none")  # [B, T]
+    return losses.sum(1).double().sum()
 
 
 def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

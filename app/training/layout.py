@@ -1,7 +1,8 @@
 """A rank's place among those that share a model, and which rows and tokens are its own: pure arithmetic.
 
-Neighbours share each layer's matrices (tensor), groups of such neighbours the tokens of a block (sequence), and what is
-left shares out the batch (data): num_workers = data x sequence x tensor, as DeepSpeed makes its groups.
+Neighbours share each layer's matrices (tensor), groups of such neighbours the tokens of a block (sequence), groups of
+those share out the batch (data), and what is left the layers (stages): num_workers is the product. The order is that in
+which DeepSpeed makes its groups.
 It moves no tensors between ranks: DeepSpeed does, for tokens after Jacobs et al. 2023 (Ulysses, arXiv:2309.14509), for
 matrices after Shoeybi et al. 2019 (Megatron-LM, arXiv:1909.08053).
 """
@@ -25,31 +26,37 @@ class Layout:
     world_size: int = 1
     sequence_size: int = 1
     tensor_size: int = 1
+    num_stages: int = 1
 
     @classmethod
     def of(cls, config: TrainConfig, rank: int, world_size: int) -> Self:
         """Raises ValueError when the workers that there are cannot share the model so."""
         if world_size % config.workers_per_replica:
             raise ValueError(
-                f"sequence_parallel ({config.sequence_parallel}) x tensor_parallel ({config.tensor_parallel}) does not "
-                f"divide the number of workers ({world_size})"
+                f"sequence_parallel ({config.sequence_parallel}) x tensor_parallel ({config.tensor_parallel}) x "
+                f"pipeline_stages ({config.pipeline_stages}) does not divide the number of workers ({world_size})"
             )
-        return cls(rank, world_size, config.sequence_parallel, config.tensor_parallel)
+        return cls(rank, world_size, config.sequence_parallel, config.tensor_parallel, config.pipeline_stages)
 
     @property
     def sharers(self) -> int:
-        """Ranks that see the same rows as this one, itself included."""
+        """Neighbours that see the same rows as this one in the same stage, itself included."""
         return self.sequence_size * self.tensor_size
+
+    @property
+    def stage(self) -> int:
+        """Which part of the layers it has."""
+        return self.rank // (self.sharers * self.data_size)
 
     @property
     def data_rank(self) -> int:
         """Which part of the batch it has."""
-        return self.rank // self.sharers
+        return self.rank // self.sharers % self.data_size
 
     @property
     def data_size(self) -> int:
         """In how many parts the batch is shared out."""
-        return self.world_size // self.sharers
+        return self.world_size // (self.sharers * self.num_stages)
 
     @property
     def sequence_rank(self) -> int:
@@ -64,7 +71,12 @@ class Layout:
     @property
     def is_first(self) -> bool:
         """Whether it speaks for the ranks that see the same rows: one has to, for each row to count once."""
-        return self.rank % self.sharers == 0
+        return self.rank % self.sharers == 0 and self.stage == 0
+
+    @property
+    def same_loss(self) -> int:
+        """Ranks that report this one's loss again; those of sequence ranks are parts of one."""
+        return self.tensor_size * self.num_stages
 
     def tokens(self, block_tokens: int) -> slice:
         """Its tokens of a block; those of the sequence ranks in order are the block."""
@@ -108,7 +120,12 @@ def refuse_unshareable(config: TrainConfig, block_tokens: int, base: Mapping[str
         kind = f"{family} with windows" if has_windows else family
         raise ValueError(
             f"init_from_uri: workers cannot share a model of type {kind}, only {' and '.join(SHAREABLE)} without "
-            "windows; set sequence_parallel and tensor_parallel to 1"
+            "windows; set sequence_parallel, tensor_parallel and pipeline_stages to 1"
+        )
+    if config.pipeline_stages > base["num_hidden_layers"]:
+        raise ValueError(
+            f"pipeline_stages: {config.pipeline_stages} is more than the {base['num_hidden_layers']} layers of "
+            "init_from_uri"
         )
     heads = base["num_attention_heads"]
     shared = base.get("num_key_value_heads") or heads

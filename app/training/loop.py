@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from app.training import held_out
+from app.training import pipeline
 from app.training.alarms import SpikeDetector
 from app.training.engine import seed_everything
 from app.training.gathering import FIELDS, exchange, rank_row, rank_values, step_values
@@ -53,15 +53,19 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
             data = feed.next()
         weight = data.num_labels / (averaged * len(data.micro_batches))  # DeepSpeed takes means of sums
         loss_sum = torch.zeros((), device=device)
-        for micro_batch in data.micro_batches:
-            inputs = worker.to_device(micro_batch)
-            with meter.part("forward_backward"):
-                loss = worker.loss(inputs, weight)
-                engine.backward(worker.balanced(loss, micro_batch["labels"]))
-            with meter.part("optimizer"):
-                engine.step()
-            loss_sum += loss.detach()
-        share = float(loss_sum) / (averaged * len(data.micro_batches) * layout.tensor_size)
+        if config.pipeline_stages > 1:
+            with meter.part("forward_backward"):  # the optimizer's part is in it
+                loss_sum += pipeline.train_step(engine, data.micro_batches, weight)
+        else:
+            for micro_batch in data.micro_batches:
+                inputs = worker.to_device(micro_batch)
+                with meter.part("forward_backward"):
+                    loss = worker.loss(inputs, weight)
+                    engine.backward(worker.balanced(loss, micro_batch["labels"]))
+                with meter.part("optimizer"):
+                    engine.step()
+                loss_sum += loss.detach()
+        share = float(loss_sum) / (averaged * len(data.micro_batches) * layout.same_loss)
 
         figures = meter.finish() | gpu_figures() | {"memory_bytes": memory_bytes(worker.use_gpu)}
         signs = [worker.signals.wants_stop, worker.signals.wants_to_talk(), worker.saver.error is not None]
@@ -85,6 +89,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         values: dict[str, Any] = {"loss": loss_mean, "grad_norm": grad_norm, "learning_rate": rate}
         values |= (
             expert_values
+            | worker.pipeline_values()
             | step_values(rows, worker.work)
             | {"data_step": data.data_step, "rows": f"{combine(digests):016x}"}
         )
@@ -94,7 +99,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         worker.step = step + 1
         if worker.is_due(config.evaluation_interval_steps) and config.validation == "inline":
             with meter.part("evaluation"):
-                scores = held_out.score(worker.held_out, engine, config.micro_batch_sequences, layout)
+                scores = worker.score()
             worker.keep_scores(scores)
             values |= scores
         worker.telemetry.record(step, values, rank_values(rows))

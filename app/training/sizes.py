@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from app.training.config import ModelConfig
+from app.training.stages import Costs
 
 _SMALLEST_CHUNK = 64  # a batch of smaller ones has more overhead than it saves
 
@@ -66,6 +67,14 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> Parameters:
         routers=layers * model.num_experts * width,
         norms=layers * (2 * width + head_norms) + width,
     )
+
+
+def stage_costs(model: ModelConfig, vocab_size: int) -> Costs:
+    """Parameters of each part that a pipeline is cut between; tied embeddings are held by the first and the last."""
+    counted, width = count_parameters(model, vocab_size), model.hidden_size
+    layers = counted.total - counted.embedding - counted.head - width  # the last norm goes with the head
+    head = (counted.head or counted.embedding) + width
+    return Costs(counted.embedding, (layers // model.num_layers,) * model.num_layers, head)
 
 
 def flops_per_token(num_multiplied_parameters: int, num_layers: int, attention_width: int, seen: float) -> float:

@@ -36,6 +36,7 @@ from app.training.batches import PAIRS, open_plan, read_tokens
 from app.training.config import TrainConfig
 from app.training.families import refuse_unwatched
 from app.training.layout import refuse_unshareable
+from app.training.refusals import Devices
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +107,11 @@ def run(config: TrainConfig) -> Manifest:
     return publish(draft, _finish(config, run_uri))
 
 
-def _devices(use_gpu: bool) -> parallel.Devices:
+def _devices(use_gpu: bool) -> Devices:
     kind: Literal["gpu", "cpu"] = "gpu" if use_gpu else "cpu"
     resources = ray.cluster_resources()
     types = [name.removeprefix(_TYPE) for name in resources if name.startswith(_TYPE)]
-    return parallel.Devices(kind, int(resources.get(kind.upper(), 0)), all(map(has_float8, types)))
+    return Devices(kind, int(resources.get(kind.upper(), 0)), all(map(has_float8, types)))
 
 
 def read_inputs(config: TrainConfig) -> dict[str, Input]:
@@ -148,7 +149,8 @@ def open_run(run_uri: str, draft: Manifest, overwrite: bool) -> str:
 
     Raises ValueError naming what differs, unless overwrite is set: then the old run is deleted.
     """
-    fixed = {"num_workers"} if draft.config["tensor_parallel"] > 1 else set[str]()  # its checkpoints are not cut anew
+    is_cut = draft.config["tensor_parallel"] * draft.config["pipeline_stages"] > 1
+    fixed = {"num_workers"} if is_cut else set[str]()  # its checkpoints are not cut anew
     settings = flatten({name: draft.config[name] for name in draft.config if name not in HOW_NOT_WHAT - fixed})
     settings.pop("adapter.merge", None)
     data = {name: given.digest for name, given in draft.inputs.items()}

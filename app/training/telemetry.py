@@ -46,6 +46,7 @@ METRICS = {
     "checkpoint_seconds": "time of a step spent on a checkpoint",
     "evaluation_seconds": "time of a step spent on held-out evaluation",
     "communication_share": "communication over the step's time",
+    "bubble_share": "planned share of a step that a pipeline's stage waits for the others",
     "rank_spread": "busy time of the slowest rank less the fastest's, over the step's time",
     "memory_bytes": "memory of the rank that has most",
     "gpu_utilization": "share of time that the GPUs ran a kernel, mean over ranks",

@@ -18,11 +18,11 @@ import ray.train
 import torch
 
 from app import logs
-from app.training import adapter, checkpoint, export, preference, restart, saver, sharing
+from app.training import adapter, checkpoint, export, held_out, pipeline, preference, restart, saver, sharing
 from app.training.batches import PAIRS, Blocks, open_plan, open_train_blocks, read_tokens
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
-from app.training.engine import build, num_matrix_parameters
+from app.training.engine import build, num_matrix_parameters, whole_model
 from app.training.experts import Experts
 from app.training.feed import Feed, Share
 from app.training.gathering import Workload
@@ -34,6 +34,7 @@ from app.training.meters import CommunicationClock, measure_communication, peak_
 from app.training.sampler import Plan
 from app.training.signals import Signals
 from app.training.sizes import flops_per_token, seen_tokens
+from app.training.stages import bubble_share
 from app.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Worker:
             saver.load(engine, run_uri, start.manifest)
         worker = cls(
             config, run_uri, use_gpu, rank, world_size, engine, open_plan(config), sources, open_all(config), start,
-            _workload(config, engine.module, sources[0].block_tokens, use_gpu),
+            _workload(config, whole_model(engine), sources[0].block_tokens, use_gpu),
             None if use_gpu else measure_communication(), start.step, list(start.rewinds),
         )  # fmt: skip
         worker.learns_pairs = read_tokens(config)[0].figures.get("kind") == PAIRS
@@ -96,9 +97,10 @@ class Worker:
         self.signals = Signals(self.run_uri, self.rank)
         self.journal = Journal(self.run_uri, self.step) if self.rank == 0 else None
         if self.rank == 0:
+            model = whole_model(self.engine)
             if not self.start.manifest:
-                export.save_architecture(self.engine.module.config, type(self.engine.module).__name__, self.run_uri)
-            trained, total = adapter.count(self.engine.module)
+                export.save_architecture(model.config, type(model).__name__, self.run_uri)
+            trained, total = adapter.count(model)
             if trained < total:
                 logger.info(
                     "training %s of %s parameters, %.2f %%", f"{trained:,}", f"{total:,}", 100 * trained / total
@@ -154,6 +156,11 @@ class Worker:
         self.tally = self.tally + judged.tally.to(self.tally.device)
         return judged.loss_sum / weight
 
+    def score(self) -> dict[str, float]:
+        """Held-out figures of the weights as they are; collective."""
+        score = pipeline.score if self.config.pipeline_stages > 1 else held_out.score
+        return score(self.held_out, self.engine, self.config.micro_batch_sequences, self.layout)
+
     def take_tally(self) -> list[float]:
         """How many pairs of this rank were told right since the last call, and the sum of their margins."""
         right, margin, _ = self.tally.tolist()
@@ -173,6 +180,12 @@ class Worker:
         if self.rank == 0 and (done % self.config.evaluation_interval_steps == 0 or done == self.config.num_steps):
             add_event(self.run_uri, "experts", step=done, shares=shares.round(6).tolist())
         return values
+
+    def pipeline_values(self) -> dict[str, float]:
+        """The planned share of a step that a stage waits; {} without stages."""
+        num_stages = self.config.pipeline_stages
+        num_micro_batches = self.config.accumulation_steps(self.world_size)
+        return {"bubble_share": bubble_share(num_stages, num_micro_batches)} if num_stages > 1 else {}
 
     def recent_losses(self) -> list[float]:
         """Losses of the steps before, as many as the spike detector looks at; collective."""

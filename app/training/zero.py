@@ -16,7 +16,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, use_gpu: bool) -> dic
     elements = config.model.hidden_size**2
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
-        "overlap_comm": use_gpu,
+        "overlap_comm": use_gpu and config.pipeline_stages == 1,  # its hooks would reduce before the last micro-batch
         "contiguous_gradients": True,
         "reduce_bucket_size": max(elements, 1_000_000),
         "stage3_prefetch_bucket_size": max(elements, 1_000_000),

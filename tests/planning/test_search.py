@@ -10,6 +10,7 @@ from app.planning import search
 from app.planning.estimate import GIB, Shape, memory_of
 from app.training import parallel
 from app.training.config import TrainConfig
+from app.training.refusals import Devices
 from tests.planning.test_estimate import LLAMA_2_7B
 
 SHAPE = Shape(32_000, 4096)
@@ -40,11 +41,11 @@ def test_the_nearest_fit_fits(stage: int, blocks: int, again: bool, room: int, n
     changed = config.with_overrides(fit.changes)
     assert memory_of(changed, SHAPE, fit.num_devices) == fit.memory
     assert fit.memory.device <= room * GIB
-    assert not parallel.refusals(changed, parallel.Devices())
+    assert not parallel.refusals(changed, Devices())
     for key in fit.changes:  # no change is idle, or the job without it is refused
         fewer = config.with_overrides({name: value for name, value in fit.changes.items() if name != key})
         fits = memory_of(fewer, SHAPE, fit.num_devices).device <= room * GIB
-        assert not fits or parallel.refusals(fewer, parallel.Devices())
+        assert not fits or parallel.refusals(fewer, Devices())
 
 
 def test_what_helps_is_turned_alone() -> None:

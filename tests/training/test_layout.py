@@ -17,6 +17,7 @@ from app.training.zero import deepspeed_config
 DEGREES = st.integers(1, 4)
 BASE: dict[str, Any] = {
     "model_type": "llama",
+    "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "intermediate_size": 96,
@@ -34,6 +35,14 @@ def test_every_place_in_the_grid_is_taken_once(data: int, sequence: int, tensor:
     assert places == list(product(range(data), range(sequence), range(tensor)))  # neighbours share matrices
     assert {one.data_size for one in ranks} == {data}
     assert [one.data_rank for one in ranks if one.is_first] == list(range(data))
+
+
+def test_stages_are_farthest_apart() -> None:
+    ranks = [Layout(rank, 6, num_stages=3) for rank in range(6)]
+    assert [one.stage for one in ranks] == [0, 0, 1, 1, 2, 2]
+    assert [one.data_rank for one in ranks] == [0, 1, 0, 1, 0, 1]
+    assert [one.is_first for one in ranks] == [True, True, False, False, False, False]
+    assert {(one.data_size, one.same_loss, one.averaged_ranks(1)) for one in ranks} == {(2, 3, 2)}
 
 
 @given(DEGREES, DEGREES, st.integers(1, 9))
@@ -66,7 +75,7 @@ def test_workers_that_share_a_model_share_out_no_batch() -> None:
 
 
 def test_a_group_that_lost_a_worker_is_no_group() -> None:
-    with pytest.raises(ValueError, match=r"sequence_parallel \(2\) x tensor_parallel \(1\) does not divide .* \(3\)"):
+    with pytest.raises(ValueError, match=r"sequence_parallel \(2\) x .* does not divide .* \(3\)"):
         Layout.of(TrainConfig(num_workers=4, sequence_parallel=2), 0, 3)
 
 
@@ -93,6 +102,8 @@ def test_equal_parts_of_layers() -> None:
         ({"tensor_parallel": 2}, {"intermediate_size": 97}, "the intermediate_size (97), of the model"),
         ({"sequence_parallel": 2}, {"model_type": "mistral"}, "cannot share a model of type mistral, only llama and"),
         ({"sequence_parallel": 2}, {"layer_types": ["sliding_attention"]}, "of type llama with windows"),
+        ({"pipeline_stages": 4}, {}, "pipeline_stages: 4 is more than the 3 layers of init_from_uri"),
+        ({"pipeline_stages": 2}, {"model_type": "gemma3"}, "cannot share a model of type gemma3"),
         ({"sequence_parallel": 2}, {}, ""),
         ({"tensor_parallel": 2}, {"model_type": "qwen3"}, ""),
         ({}, {"model_type": "mistral", "use_sliding_window": True}, ""),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.training import parallel
 from app.training.config import TrainConfig
-from app.training.parallel import Devices
+from app.training.refusals import Devices
 
 MOE = {"architecture": "qwen3_moe", "num_experts": 4, "experts_per_token": 2, "moe_intermediate_size": 64}
 MATRIX: dict[str, list[Any]] = {
@@ -26,7 +26,14 @@ MATRIX: dict[str, list[Any]] = {
     "sequence_parallel": [1, 1, 2, 3, 4],
     "tensor_parallel": [1, 1, 2, 3],
     "adapter": [{}, {"rank": 4}, {"rank": 4, "load_in_4bit": True}],
-    "model": [{}, {"architecture": "qwen3"}, {"num_key_value_heads": 2, "intermediate_size": 97}, MOE],
+    "pipeline_stages": [1, 1, 2, 3, 4],
+    "model": [
+        {},
+        {"architecture": "qwen3"},
+        {"num_key_value_heads": 2, "intermediate_size": 97, "num_layers": 2},
+        MOE,
+        {"architecture": "olmo3"},
+    ],
 }
 DEVICES = [Devices(), *(Devices(kind, number) for kind, number in product(("cpu", "gpu"), (2, 4, 5)))]
 DEVICES += [Devices("gpu", 4, has_float8=False)]
@@ -92,6 +99,18 @@ def test_what_is_refused_has_a_nearest_plan_that_works(chosen: dict[str, Any], d
         ),
         ({"tensor_parallel": 2, "offload_optimizer": "nvme"}, Devices(), {"tensor_parallel": 1}),
         ({"tensor_parallel": 2, "zero_stage": 2, "compile": True}, Devices(), {"compile": False}),
+        ({"tensor_parallel": 2, "zero_stage": 2, "float8": "rowwise"}, Devices(), {"float8": "none"}),
+        ({"pipeline_stages": 2}, Devices(), {"zero_stage": 1}),
+        ({"pipeline_stages": 3, "zero_stage": 1}, Devices(), {"pipeline_stages": 2}),
+        ({"pipeline_stages": 4, "zero_stage": 1, "model": {"num_layers": 3}}, Devices(), {"pipeline_stages": 2}),
+        ({"pipeline_stages": 2, "zero_stage": 3, "model": MOE}, Devices(), {"pipeline_stages": 1}),
+        ({"pipeline_stages": 2, "zero_stage": 3, "offload_optimizer": "nvme"}, Devices(), {"pipeline_stages": 1}),
+        ({"pipeline_stages": 2, "sequence_parallel": 2, "zero_stage": 1}, Devices(), {"sequence_parallel": 1}),
+        (
+            {"pipeline_stages": 2, "attention": "flash_attention_2", "min_workers": 2, "compile": True},
+            Devices("gpu"),
+            {"attention": "sdpa", "min_workers": 0, "compile": False, "zero_stage": 1},
+        ),
     ],
 )
 def test_nearest(changes: dict[str, Any], devices: Devices, nearest: dict[str, Any]) -> None:
@@ -115,3 +134,13 @@ def test_a_batch_that_is_too_small_without_sharing() -> None:
     config = config_of(sequence_parallel=4, global_batch_sequences=1, document_masking=True)
     with pytest.raises(ValueError, match=r"Ulysses drops the mask[\s\S]*\(1\) must not be below num_workers \(4\)"):
         parallel.plan(config, Devices())
+
+
+def test_a_plan_of_stages_in_words() -> None:
+    config = config_of(pipeline_stages=2, zero_stage=1, global_batch_sequences=30, micro_batch_sequences=5)
+    assert parallel.plan(config, Devices("gpu", 4)).lines == [
+        "2 × 2 workers that share a model × 3 forward passes × 5 blocks",
+        "pipeline of 2 stages × 2 replicas: of 3 micro-batches a step a stage waits 25.0 % for the others; "
+        "a smaller micro_batch_sequences or a larger global_batch_sequences makes more of them",
+    ]
+    assert config.with_overrides({"storage_uri": "/nowhere"}).plan()[1].startswith("pipeline of 2 stages × 2 replicas")
