@@ -9,8 +9,6 @@ It knows llama and qwen3 whose layers see all; stages.py decides the cut, parall
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -18,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from deepspeed.runtime.pipe import module, topology
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
@@ -38,8 +37,9 @@ class Staged(PipelineModule):  # type: ignore[misc]
         """Takes the model's modules; `model` is not to be used any more."""
         self.with_positions = with_positions
         self._bounds = stages.bounds
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints
-            super().__init__(_specs(model), num_stages=len(stages.costs), loss_fn=Loss(model.loss_function))
+        for noisy in (module, topology):
+            noisy.print = lambda *_: None  # Ray Train would log what is printed, wherever stdout goes
+        super().__init__(_specs(model), num_stages=len(stages.costs), loss_fn=Loss(model.loss_function))
         self._layer_specs = [None] * self._num_layers  # lets the modules of other stages go
         self.rotary = model.model.rotary_emb
         self.config = model.config
@@ -51,6 +51,11 @@ class Staged(PipelineModule):  # type: ignore[misc]
         first, *inner, last = self._bounds
         self.parts = [first, *(bound + 1 for bound in inner), last + 3]
         self._set_bounds(*list(pairwise(self.parts))[self.stage_id])
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        """DeepSpeed's, which forgets that autograd looks on."""
+        super()._synchronize_tied_weights()
 
     @property
     def _is_first(self) -> bool:
@@ -156,21 +161,21 @@ def _inputs(input_ids: torch.Tensor, positions: torch.Tensor | None) -> Any:
 class _Part(LayerSpec):  # type: ignore[misc]
     """A module that is there already."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, part: nn.Module) -> None:
         super().__init__(nn.Module)
-        self._module = module
+        self._part = part
 
     def build(self, log: bool = False) -> nn.Module:
-        return self._module
+        return self._part
 
 
 class _TiedPart(TiedLayerSpec):  # type: ignore[misc]
-    def __init__(self, module: nn.Module, forward: Any = None) -> None:
+    def __init__(self, part: nn.Module, forward: Any = None) -> None:
         super().__init__(EMBEDDING, nn.Module, forward_fn=forward)
-        self._module = module
+        self._part = part
 
     def build(self, log: bool = False) -> nn.Module:
-        return self._module
+        return self._part
 
 
 def _specs(model: Any) -> list[LayerSpec]:
@@ -187,8 +192,8 @@ def _project(embedding: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(hidden, embedding.weight)  # type: ignore[arg-type]
 
 
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _size(part: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in part.parameters())
 
 
 def _head_size(model: Any) -> int:
