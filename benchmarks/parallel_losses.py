@@ -1,6 +1,6 @@
 """Losses of one process, and of two that share the batch, the tokens or the matrices: are they the same?
 
-The model has 1 million parameters in float32; rows and the weights to start from are the same; 50 steps of 8 blocks.
+The model has 0.9 million parameters in float32; rows and the weights to start from are the same; 50 steps of 8 blocks.
 Where gradients are summed in another order the last digits differ, and with them all that follows. No Ray: torchrun
 runs this file on every rank.
 """
