@@ -22,6 +22,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 API_KEY_VARIABLE = "ZERO_TO_ONE_API_KEY"
 START_SECONDS = 90
 STOP_SECONDS = 30
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 # Without the second, Ray turns --node-ip-address=127.0.0.1 into the machine's outer address and listens there; a client
 # must have it too, before `import ray`.
 PRIVATE = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -96,11 +98,11 @@ def exchange(
     """
     import ray
 
-    splitting = ray.remote(split).options(num_returns=num_partitions)
+    splitting = ray.remote(_on_a_small_heap(split)).options(num_returns=num_partitions)
     parts = [splitting.remote(*one) for one in inputs]
     if num_partitions == 1:  # Ray would hand on the list of one part as the part
         parts = [[ray.remote(_only).remote(part)] for part in parts]
-    merging = ray.remote(_merge)
+    merging = ray.remote(_on_a_small_heap(_merge))
     extras = [None] * num_partitions if extra is None else extra
     return [
         merging.remote(merge, extra is not None, one, *[part[index] for part in parts])
@@ -115,7 +117,7 @@ def map_tasks(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[
     """
     import ray
 
-    task = ray.remote(function)
+    task = ray.remote(_on_a_small_heap(function))
     window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = iter(items)
     running = [task.remote(item) for item in islice(waiting, window)]
@@ -123,6 +125,33 @@ def map_tasks(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[
         (done,), running = ray.wait(running, num_returns=1)
         running += [task.remote(item) for item in islice(waiting, 1)]
         yield ray.get(done)
+
+
+def _on_a_small_heap(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function in a process that gives large arrays back to the system as soon as they are freed.
+
+    Otherwise a worker that runs many tasks grows: glibc raises the size from which it does so with every array that is
+    freed, and Arrow's own allocator keeps what it had.
+    """
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        _limit_heap()
+        return function(*arguments)
+
+    return run
+
+
+@cache  # once in a process
+def _limit_heap() -> None:
+    import ctypes
+
+    import pyarrow as pa
+
+    pa.set_memory_pool(pa.system_memory_pool())
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc
+        mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
+        mallopt(_M_ARENA_MAX, 2)
 
 
 def _only(parts: Sequence[Any]) -> Any:

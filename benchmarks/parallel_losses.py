@@ -1,4 +1,4 @@
-"""Losses of one process, and of two that share the batch, the tokens or the matrices: are they the same?
+"""Losses of one process, and of two that share the batch, the layers, the tokens or the matrices: are they the same?
 
 The model has 0.9 million parameters in float32; rows and the weights to start from are the same; 50 steps of 8 blocks.
 Where gradients are summed in another order the last digits differ, and with them all that follows. No Ray: torchrun
@@ -20,6 +20,7 @@ MODEL = {"hidden_size": 128, "intermediate_size": 384, "num_layers": 4, "num_hea
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {  # name: ranks, settings
     "one process": (1, {"zero_stage": 0}),
     "ZeRO-3 x 2": (2, {"zero_stage": 3}),
+    "PP x 2": (2, {"zero_stage": 1, "pipeline_stages": 2}),
     "TP x 2": (2, {"zero_stage": 2, "tensor_parallel": 2}),
     "SP x 2": (2, {"zero_stage": 3, "sequence_parallel": 2}),
 }
@@ -30,6 +31,7 @@ def train_rank(output: Path, name: str, base: str) -> None:
     import deepspeed
     import torch
 
+    from app.training import pipeline
     from app.training.config import TrainConfig
     from app.training.engine import build
     from app.training.layout import Layout
@@ -48,11 +50,16 @@ def train_rank(output: Path, name: str, base: str) -> None:
         mine = blocks_of(step).chunk(layout.data_size)[layout.data_rank]
         weight = BLOCKS * (SHAPE["block_tokens"] - 1) / (averaged * passes)
         total = torch.zeros((), dtype=torch.float64)
-        for ids in mine.chunk(passes):
-            loss = engine(**model_inputs({"input_ids": ids, "labels": ids}, layout), num_items_in_batch=weight).loss
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach().double() / (averaged * passes * layout.tensor_size)
+        micro_batches = [{"input_ids": ids, "labels": ids} for ids in mine.chunk(passes)]
+        if layout.num_stages > 1:
+            total += pipeline.train_step(engine, micro_batches, weight)
+        else:
+            for micro_batch in micro_batches:
+                loss = engine(**model_inputs(micro_batch, layout), num_items_in_batch=weight).loss
+                engine.backward(loss)
+                engine.step()
+                total += loss.detach().double()
+        total /= averaged * passes * layout.same_loss
         torch.distributed.all_reduce(total)
         losses.append(float(total))
     demo_training.answer(output, {"losses": losses})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,7 @@ from app.records import SPLITS
 
 logger = logging.getLogger(__name__)
 
-DOCUMENTS_A_PARTITION = 50_000  # of 21 buckets of 16 bytes each: sorting them stays below what a worker's imports take
+DOCUMENTS_A_PARTITION = 34_000  # of 21 buckets of 16 bytes each: sorting them stays below what a worker's imports take
 CHARACTERS_A_PARTITION = 16 << 20  # of 8 bytes a shingle, should all be candidates
 MAX_PARTITIONS = 1024  # they exchange their square in objects
 REPORT_SECONDS = 10
@@ -218,7 +219,7 @@ def _strip_boilerplate(works: list[Work], config: CorpusConfig, total: Counts) -
 
 
 def _num_partitions(config: CorpusConfig, documents: int, characters: int) -> int:
-    needed = max(documents // DOCUMENTS_A_PARTITION, characters // CHARACTERS_A_PARTITION) + 1
+    needed = max(1, math.ceil(documents / DOCUMENTS_A_PARTITION), math.ceil(characters / CHARACTERS_A_PARTITION))
     cpus = int(ray.cluster_resources().get("CPU", 1))
     return config.num_partitions or min(MAX_PARTITIONS, max(needed, min(cpus, documents // 20_000 + 1)))
 

@@ -64,3 +64,9 @@ def test_what_training_refuses_is_not_planned() -> None:
 def test_a_cpu_needs_a_size() -> None:
     with pytest.raises(ValueError, match="device CPU needs device_memory_gib"):
         PlanConfig().with_overrides({"device": "CPU"})
+
+
+@pytest.mark.parametrize("key", ["sequence_parallel", "tensor_parallel", "pipeline_stages"])
+def test_workers_that_share_a_model_are_not_estimated(key: str) -> None:
+    with pytest.raises(ValueError, match="does not know workers that share a model"):
+        stage.run(PlanConfig().with_overrides({f"train_model.{key}": 2}))

@@ -269,6 +269,13 @@ def test_the_replica_reports_4_bit_weights_at_work(client: openai.OpenAI, cluste
     assert not any(secret in line for line in lines)
 
 
+def test_the_model_runs_in_the_engines_own_process(client: openai.OpenAI, cluster: LocalCluster) -> None:
+    """Another one for it would have the engine wait in a loop, on a core that others need."""
+    client.completions.create(model=MODEL, prompt="孔明", max_tokens=2)
+    names = [process.name() for process in psutil.Process(cluster.pid).children(recursive=True)]
+    assert {name for name in names if name.startswith("VLLM::")} == {"VLLM::EngineCore"[:15]}
+
+
 def test_errors_are_openais(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="another", prompt="孔明")

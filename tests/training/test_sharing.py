@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,12 +102,24 @@ def kill_a_worker(cluster: LocalCluster, run_uri: str) -> None:
     find_workers(cluster)[-1].send_signal(signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def shared(cluster: LocalCluster, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The undisturbed run of each way, made once."""
+
+    @cache
+    def run(way: str) -> Path:
+        root = tmp_path_factory.mktemp(way)
+        stage.run(settings(inputs, root, **WAYS[way]))
+        return root
+
+    return run
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_sharing_changes_nothing(cluster: LocalCluster, inputs: Path, alone: Path, tmp_path: Path, way: str) -> None:
-    calm, wild = tmp_path / "calm", tmp_path / "wild"
-    stage.run(settings(inputs, calm, **WAYS[way]))
+def test_sharing_changes_nothing(inputs: Path, alone: Path, shared: Callable[[str], Path], way: str) -> None:
+    calm = shared(way)
     lines, expected = log_of(calm), log_of(alone)
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], abs=1e-5)
     assert [line["grad_norm"] for line in lines] == pytest.approx([line["grad_norm"] for line in expected], rel=1e-4)
@@ -117,10 +131,17 @@ def test_sharing_changes_nothing(cluster: LocalCluster, inputs: Path, alone: Pat
     assert counted[0] == counted[1] == figures["parameters"]
     assert score(settings(inputs, calm), calm / "model") == pytest.approx(lines[-1]["held_out_bits_per_byte"], rel=1e-5)
 
-    threading.Thread(target=kill_a_worker, args=(cluster, f"{wild}/checkpoints"), daemon=True).start()
-    stage.run(settings(inputs, wild, **WAYS[way]))
-    assert read_manifest(f"{wild}/model", "model").figures["restarts"] == 1
-    assert_equal_runs(wild, calm)
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [pytest.param("tokens", marks=pytest.mark.long), "matrices"])
+def test_a_killed_worker_changes_nothing(
+    cluster: LocalCluster, inputs: Path, shared: Callable[[str], Path], tmp_path: Path, way: str
+) -> None:
+    threading.Thread(target=kill_a_worker, args=(cluster, f"{tmp_path}/checkpoints"), daemon=True).start()
+    stage.run(settings(inputs, tmp_path, **WAYS[way]))
+    assert read_manifest(f"{tmp_path}/model", "model").figures["restarts"] == 1
+    assert_equal_runs(tmp_path, shared(way))
 
 
 def score(config: TrainConfig, model: Path) -> float:
