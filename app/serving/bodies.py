@@ -102,6 +102,13 @@ def messages_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"content": prompt} for prompt in _prompts(body) if isinstance(prompt, str)]
 
 
+def refuse_without_role(body: Mapping[str, Any]) -> None:
+    """Raises Refused for a message of nobody; the engine's schema takes some, of another format, and fails on them."""
+    for index, message in enumerate(_list(body, "messages")):
+        if isinstance(message, Mapping) and not isinstance(message.get("role"), str):
+            raise bad_request(f"messages[{index}].role must be a string.", "messages")
+
+
 def more_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What else a chat template may read, as messages in JSON: tools, documents, names, earlier tool calls."""
     rests = [{name: value for name, value in m.items() if name not in _PLAIN} for m in messages_of(body)]

@@ -115,6 +115,8 @@ class Pipeline:
     async def answer(self, operation: str, key: Key, raw: bytes, note: Note, send: Send) -> None:
         """Answer a request. Cancelled, it frees what it holds."""
         try:
+            if refusal := self.door.refuse_at_once():  # with more than can be answered, refusing is most of the work
+                raise Refused(too_many_requests(refusal))
             call = self._read(operation, key, raw, note)
             grant = await self._reserve(call)
             try:
@@ -126,6 +128,7 @@ class Pipeline:
 
     def _read(self, operation: str, key: Key, raw: bytes, note: Note) -> _Call:
         body = bodies.read_body(raw)
+        bodies.refuse_without_role(body)
         note.model = self._model(body, key)
         note.served = body["model"] = self.choose(note.model)
         try:
@@ -167,7 +170,7 @@ class Pipeline:
         if await self._is_forbidden(call):
             await _send_refusal(call, headers, send)
             return
-        refusal = await self.door.enter()
+        refusal = await self.door.enter(time.monotonic() - call.note.began_at)
         if refusal:
             raise Refused(too_many_requests(refusal))
         try:

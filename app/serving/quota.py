@@ -310,17 +310,25 @@ class Door:
         """Requests in the queue."""
         return len(self._waiting)
 
-    async def enter(self) -> Refusal | None:
-        """Wait for a turn: None when it has come, else why not."""
+    def refuse_at_once(self) -> Refusal | None:
+        """Why `enter` would not even let one wait now; None if it would. For before any work is done."""
+        is_full = self.num_running >= self._config.max_running and self.num_waiting >= self._config.max_waiting
+        return self._refuse("queue") if is_full else None
+
+    async def enter(self, waited_seconds: float = 0.0) -> Refusal | None:
+        """Wait for a turn: None when it has come, else why not. What was waited elsewhere counts."""
+        left_seconds = self._config.deadline_seconds - waited_seconds
+        if left_seconds <= 0:
+            return self._refuse("deadline")
         if self.num_running < self._config.max_running:
             self.num_running += 1
             return None
-        if self.num_waiting >= self._config.max_waiting:
-            return self._refuse("queue")
+        if refusal := self.refuse_at_once():
+            return refusal
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[Refusal | None] = loop.create_future()
         self._waiting.append(turn)
-        timer = loop.call_later(self._config.deadline_seconds, self._expire, turn)
+        timer = loop.call_later(left_seconds, self._expire, turn)
         try:
             return await turn
         except asyncio.CancelledError:

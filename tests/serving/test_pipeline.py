@@ -268,8 +268,9 @@ def test_readiness_is_told_without_a_key(has_engines: bool, status: int) -> None
         (chat(n=0), 400),
         (chat(n=129), 400),
         (chat(n=True), 400),
+        (chat(messages=[{"author": {"role": "user"}, "content": []}]), 400),
         (chat(messages=[{"role": "user", "content": "x" * 9000}] * 10), 413),
-        (chat(messages=[{"role": "user", "content": 3}, 3, None, {"content": [3, {"text": 3}]}]), 200),
+        (chat(messages=[{"role": "user", "content": 3}, 3, None, {"role": "user", "content": [3, {"text": 3}]}]), 200),
         (chat(messages=3), 200),  # for the engine to say
     ],
     ids=str,

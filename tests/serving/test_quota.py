@@ -324,6 +324,27 @@ def test_who_waits_too_long_is_sent_away() -> None:
     run(test())
 
 
+def test_what_was_waited_before_the_door_counts() -> None:
+    async def test() -> None:
+        door = Door(DoorConfig(max_running=1, max_waiting=1, deadline_seconds=60))
+        late = await door.enter(60)
+        assert late is not None
+        assert late.which == "deadline"
+        assert door.refuse_at_once() is None
+        assert await door.enter(59) is None
+        assert door.refuse_at_once() is None  # one may wait
+        waiting = asyncio.create_task(door.enter(59.99))
+        await asyncio.sleep(0)
+        full = door.refuse_at_once()
+        assert full is not None
+        assert full.which == "queue"
+        refusal = await waiting
+        assert refusal is not None
+        assert refusal.which == "deadline"
+
+    run(test())
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(1, 3),
