@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import signal
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from competitors import endpoint, generated_requests
+from competitors import endpoint, endpoints, generated_requests
 from competitors.clients import Clients, Outcome, longest_gap, percentile
 
 from app.cluster import LocalCluster
@@ -231,6 +232,7 @@ def main() -> None:
     for name, seed in (("first", 1), ("second", 2)):
         if not (given.folder / name / "manifest.json").exists():
             endpoint.write_model(given.folder / name, seed)
+    os.environ.update(endpoints.direct_ingress(given.folder) if given.haproxy else {})
     with endpoint.cluster(given.folder / "cluster") as running:
         began = time.monotonic()
         endpoint.deploy(given.folder, "first", running, ARGUMENTS)
@@ -244,6 +246,7 @@ def arguments() -> argparse.Namespace:
     default = Path.home() / ".cache" / "zero-to-one-benchmarks" / "endpoint-resilience"
     parser.add_argument("--folder", type=Path, default=default, help="models, and the cluster's folder")
     parser.add_argument("--only", nargs="*", default=["overload", *PHASES], help="these alone, of the default ones")
+    parser.add_argument("--haproxy", action="store_true", help="HAProxy before replicas that speak HTTP themselves")
     parser.add_argument("--requests", type=int, default=0, help="generated requests to send as well")
     return parser.parse_args()
 
