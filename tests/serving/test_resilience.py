@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ def exchange(port: int, raw: bytes) -> bytes:
     reply = b""
     with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
         connection.sendall(raw)
-        connection.shutdown(socket.SHUT_WR)
+        with suppress(OSError):  # it has answered and closed already
+            connection.shutdown(socket.SHUT_WR)
         try:
             while part := connection.recv(65536):
                 reply += part
