@@ -1,7 +1,7 @@
 """How a job is laid out over its workers, and what cannot be: a pure function of TrainConfig and the devices.
 
-Each rule looks at one combination and gives the reason why it does not work and the setting that works instead. A
-refusal names all reasons and, with all changes made, the nearest job that would run.
+What does not work is refused with all reasons of the rules in refusals.py and, with all changes made, the nearest job
+that would run.
 It does not look at memory (planning does), nor at a model to start from: layout.py does, when its settings are read.
 """
 

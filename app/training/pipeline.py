@@ -4,7 +4,7 @@ Every rank builds the whole model from the seed, or reads it, so that its weight
 keeps its stage's modules, transformers' own, and lets the others go. Until then the host needs memory for the whole
 model. DeepSpeed drives the micro-batches through the stages (one forward, one backward; Narayanan et al. 2021,
 arXiv:2104.04473). Tied embeddings are held by the first and the last stage, which add up their gradients.
-It knows llama and qwen3 whose layers see all; stages.py decides the cut, parallel.py what is refused.
+It knows llama and qwen3 whose layers see all; stages.py decides the cut, refusals.py what does not go with it.
 """
 
 from __future__ import annotations

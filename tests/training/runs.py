@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,3 +62,12 @@ def find_workers(cluster: LocalCluster) -> list[psutil.Process]:
         except psutil.Error:
             continue  # it has just ended
     return found
+
+
+def kill_a_worker(run_uri: str, cluster: LocalCluster, step: int) -> None:
+    """SIGKILL, when a checkpoint of that step or a later one is complete."""
+    deadline = time.monotonic() + 120
+    while not any(manifest.step >= step for manifest in checkpoint.find_complete(run_uri)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    find_workers(cluster)[-1].send_signal(signal.SIGKILL)

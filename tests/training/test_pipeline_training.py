@@ -1,7 +1,5 @@
 """Two stages train what one worker trains, are exported as they were trained, and resume bit for bit."""
 
-import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,9 +8,9 @@ import pytest
 
 from app.artifacts import read_manifest
 from app.cluster import LocalCluster
-from app.training import checkpoint, journal, stage
+from app.training import journal, stage
 from app.training.config import TrainConfig
-from tests.training.runs import assert_equal_runs, find_workers
+from tests.training.runs import assert_equal_runs, kill_a_worker
 from tests.training.tiny import config_of, log_of, write_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -23,15 +21,6 @@ CHANGES: dict[str, Any] = {
     "evaluation_interval_steps": 50,
 }
 STAGED: dict[str, Any] = CHANGES | {"pipeline_stages": 2, "num_workers": 2}
-
-
-def kill_a_worker(run_uri: str, cluster: LocalCluster, step: int) -> None:
-    """When a checkpoint of that step or a later one is complete."""
-    deadline = time.monotonic() + 120
-    while not any(manifest.step >= step for manifest in checkpoint.find_complete(run_uri)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    find_workers(cluster)[-1].send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

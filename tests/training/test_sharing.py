@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +15,7 @@ from app.cluster import LocalCluster
 from app.training import checkpoint, journal, stage
 from app.training.config import TrainConfig
 from app.training.layout import Layout
-from tests.training.runs import assert_equal_runs, find_workers
+from tests.training.runs import assert_equal_runs, kill_a_worker
 from tests.training.tiny import BLOCK_TOKENS, SETTINGS, VOCAB_SIZE, config_of, log_of, write_inputs
 
 if TYPE_CHECKING:
@@ -95,13 +93,6 @@ def alone(cluster: LocalCluster, inputs: Path, tmp_path_factory: pytest.TempPath
     return root
 
 
-def kill_a_worker(cluster: LocalCluster, run_uri: str) -> None:
-    """SIGKILL, once there is a checkpoint to go on from."""
-    while not any(one.step >= KILLED_AFTER for one in checkpoint.find_complete(run_uri)):
-        time.sleep(0.01)
-    find_workers(cluster)[-1].send_signal(signal.SIGKILL)
-
-
 @pytest.fixture(scope="module")
 def shared(cluster: LocalCluster, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The undisturbed run of each way, made once."""
@@ -138,8 +129,10 @@ def test_sharing_changes_nothing(inputs: Path, alone: Path, shared: Callable[[st
 def test_a_killed_worker_changes_nothing(
     cluster: LocalCluster, inputs: Path, shared: Callable[[str], Path], tmp_path: Path, way: str
 ) -> None:
-    threading.Thread(target=kill_a_worker, args=(cluster, f"{tmp_path}/checkpoints"), daemon=True).start()
-    stage.run(settings(inputs, tmp_path, **WAYS[way]))
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_a_worker, f"{tmp_path}/checkpoints", cluster, KILLED_AFTER)
+        stage.run(settings(inputs, tmp_path, **WAYS[way]))
+        killed.result()
     assert read_manifest(f"{tmp_path}/model", "model").figures["restarts"] == 1
     assert_equal_runs(tmp_path, shared(way))
 
