@@ -87,6 +87,11 @@ class OptimizerConfig(Config):
     """AdamW and its learning-rate schedule: linear warm-up, then down to a share of the peak."""
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    found_at_hidden_size: int = Field(
+        0,
+        ge=0,
+        description="width of the model that learning_rate suited: matrices of a wider one take less; 0: not so",
+    )
     schedule: Literal["cosine", "warmup_stable_decay"] = Field(
         "cosine", description="after the warm-up: a half cosine, or the peak and a linear decay at the end"
     )
@@ -219,6 +224,8 @@ class TrainConfig(RunConfig):
             raise ValueError("replay.tokens_uri and replay.share belong together: set both or none")
         if self.adapter.rank and not self.init_from_uri:
             raise ValueError("adapter.rank: an adapter needs a model below it: set init_from_uri")
+        if self.adapter.rank and self.optimizer.found_at_hidden_size:
+            raise ValueError("optimizer.found_at_hidden_size: says nothing of an adapter's matrices; leave it 0")
         if (self.adapter.merge or self.adapter.load_in_4bit) and not self.adapter.rank:
             raise ValueError("adapter.merge, adapter.load_in_4bit: there is no adapter; set adapter.rank")
         if (self.offload_optimizer == "nvme") != bool(self.nvme_dir):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from app.training import adapter, float8, pipeline, sharing
-from app.training.config import TrainConfig
+from app.training.config import OptimizerConfig, TrainConfig
 from app.training.export import load_base
 from app.training.families import active_share, architecture, use_windows
 from app.training.zero import deepspeed_config
@@ -41,12 +41,13 @@ def build(config: TrainConfig, shape: Mapping[str, int], world_size: int, use_gp
     mpu = None
     if config.sequence_parallel > 1:
         mpu = sharing.share_tokens(model, config.sequence_parallel, config.micro_batch_sequences)
+    hidden_size = int(model.config.hidden_size)
     named: Iterable[tuple[str, torch.nn.Parameter]] = model.named_parameters()
     if config.pipeline_stages > 1:
         model = pipeline.cut(model, config)
         named = model.exported_parameters()
     optimizer = torch.optim.AdamW(
-        _parameter_groups(named, config.optimizer.weight_decay),
+        parameter_groups(named, config.optimizer, hidden_size),
         lr=config.optimizer.learning_rate,
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         fused=use_gpu and config.offload_optimizer == "none",
@@ -123,13 +124,32 @@ def _pretrained(config: TrainConfig, shape: Mapping[str, int]) -> Any:
     return model
 
 
-def _parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
+def parameter_groups(
+    named: Iterable[tuple[str, torch.nn.Parameter]], optimizer: OptimizerConfig, hidden_size: int
+) -> list[dict[str, Any]]:
+    """Matrices, and then embeddings and vectors, which neither decay nor take less of the learning rate.
+
+    A step of Adam changes what a matrix puts out in proportion to its width, so that the learning rate of a wider model
+    is to be less by as much; embeddings and vectors add up nothing (Everett et al. 2024, arXiv:2407.05872, table 1,
+    after Yang et al. 2022, arXiv:2203.03466).
+    """
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ZeRO-3 leaves a flat shard behind
-        (decayed if is_matrix and "embed" not in name else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        (matrices if is_matrix and "embed" not in name else others).append(parameter)
+    found_at = optimizer.found_at_hidden_size
+    scale = found_at / hidden_size if found_at else 1.0
+    groups = [
+        {"params": matrices, "weight_decay": optimizer.weight_decay, "lr_scale": scale},
+        {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
     return [group for group in groups if group["params"]]
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Of every parameter group, its share of `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)  # a checkpoint from before there were shares

@@ -15,7 +15,7 @@ import torch
 
 from app.training import pipeline
 from app.training.alarms import SpikeDetector
-from app.training.engine import seed_everything
+from app.training.engine import seed_everything, set_learning_rate
 from app.training.gathering import FIELDS, exchange, rank_row, rank_values, step_values
 from app.training.ledger import combine
 from app.training.meters import StepMeter, gpu_figures, memory_bytes
@@ -47,8 +47,7 @@ def train_per_worker(job: dict[str, Any]) -> dict[str, Any]:
         step = worker.step
         seed_everything(config.seed, step, worker.rank)
         rate = learning_rate(step, config.num_steps, config.optimizer)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(engine.optimizer, rate)
         with meter.part("data"):
             data = feed.next()
         weight = data.num_labels / (averaged * len(data.micro_batches))  # DeepSpeed takes means of sums

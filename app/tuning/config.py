@@ -14,6 +14,7 @@ from app.tuning.space import Distribution, Overrides
 PBT_KEYS = tuple(  # what a checkpoint does not hold; the rest of the optimizer's settings comes back with its states
     f"optimizer.{name}" for name in ("learning_rate", "schedule", "decay_ratio", "final_learning_rate_ratio")
 )
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_heads", "num_key_value_heads")
 
 
 class AshaConfig(Config):
@@ -37,6 +38,12 @@ class TuneConfig(RunConfig):
     space: dict[str, Distribution] = Field(
         description="dotted key of train -> one of {uniform, log_uniform, integer, log_integer: [low, high]}, "
         "{choice: [...]}"
+    )
+    times_narrower: int = Field(
+        1,
+        ge=1,
+        description="trials train a model so many times narrower than train.model; best.yaml has the wide one, the "
+        "learning rate transferred",
     )
     trials_uri: str = Field("trials", description="the sweep's private folder; a rerun resumes from it")
     output_uri: str = Field("sweep", description="where the report and best.yaml go")
@@ -73,9 +80,12 @@ class TuneConfig(RunConfig):
             )
         if self.scheduler == "pbt":
             self._suits_pbt()
+        if self.times_narrower > 1:
+            self._refuse_narrow()
         for number, overrides in self.planned():
             try:
-                self.train.with_overrides(overrides)
+                self.trained.with_overrides(overrides)
+                self.chosen(overrides)
             except ValueError as error:
                 raise ValueError(f"trial {number} of the space {overrides}: {error}") from None
         return self
@@ -94,6 +104,38 @@ class TuneConfig(RunConfig):
                 f"pbt.interval_steps ({interval}) must be a multiple of train.evaluation_interval_steps ({measured}) "
                 f"and below train.num_steps ({self.train.num_steps})"
             )
+
+    def _refuse_narrow(self) -> None:
+        """Raise ValueError where a narrow model would not stand for the wide one."""
+        wide = self.train.model
+        if self.train.init_from_uri or self.train.optimizer.found_at_hidden_size:
+            raise ValueError(
+                "times_narrower: trials train fresh models and find the learning rate themselves; leave "
+                "train.init_from_uri and train.optimizer.found_at_hidden_size unset"
+            )
+        for name in _WIDTHS:
+            if f"model.{name}" in self.space:
+                raise ValueError(f"space.model.{name}: times_narrower sets it")
+            if getattr(wide, name) % self.times_narrower:
+                raise ValueError(f"times_narrower ({self.times_narrower}) must divide train.model.{name}")
+
+    @property
+    def trained(self) -> TrainConfig:
+        """What the trials start from: `train`, or the same with a narrow model whose heads are as wide.
+
+        Matrices of the wide one take less of the learning rate in proportion (training/engine.py says why).
+        """
+        if self.times_narrower == 1:
+            return self.train
+        model = self.train.model
+        narrow = {f"model.{name}": getattr(model, name) // self.times_narrower for name in _WIDTHS}
+        return self.train.with_overrides(narrow | {"model.head_size": model.head_width})
+
+    def chosen(self, values: Overrides) -> TrainConfig:
+        """The settings to train with after the sweep: those of `train` with the values of the best trial."""
+        found_at = self.trained.model.hidden_size if self.times_narrower > 1 else 0
+        transfer = {"optimizer.found_at_hidden_size": found_at} if found_at else {}
+        return self.train.with_overrides(values | transfer | {"storage_uri": self.storage_uri})
 
     def planned(self) -> list[tuple[int, Overrides]]:
         """Number and values of the trials that are known before any has run: all but Optuna's.
@@ -145,7 +187,7 @@ class TuneConfig(RunConfig):
     def trial_config(self, uri: str, overrides: Overrides) -> TrainConfig:
         """The settings of a training in a trial's folder. Raises ValueError when the values do not go together."""
         places = {"checkpoints_uri": f"{uri}/checkpoints", "output_uri": f"{uri}/model", "overwrite": False}
-        return self.train.with_overrides(overrides | {"storage_uri": self.storage_uri, **places})
+        return self.trained.with_overrides(overrides | {"storage_uri": self.storage_uri, **places})
 
     def plan(self) -> list[str]:
         """Trials, workers and where the trials are."""
@@ -155,12 +197,19 @@ class TuneConfig(RunConfig):
         how = self.search if self.scheduler == "none" else f"{self.search}, {self.scheduler}"
         return [
             f"{self.total_trials} trials ({how}) over {', '.join(self.space)}; trial 0 is train as it stands",
+            *self._transfer_plan(),
             *self._generations_plan(),
             f"{at_once} at once on {workers} workers each: {at_once * workers} GPUs, or CPUs where there is no GPU",
             *(f"trial {number}: {overrides}" for number, overrides in self.planned() if overrides),
             f"resume the trials in {self.resolve(self.trials_uri)}, if any",
             *states(self),
         ]
+
+    def _transfer_plan(self) -> list[str]:
+        if self.times_narrower == 1:
+            return []
+        narrow, wide = self.trained.model.hidden_size, self.train.model.hidden_size
+        return [f"a trial's model is {narrow} wide; best.yaml is for {wide}, with its learning rate transferred"]
 
     def _generations_plan(self) -> list[str]:
         if self.scheduler != "pbt":

@@ -74,9 +74,7 @@ def run(config: TuneConfig) -> Manifest:
 
 def _write(config: TuneConfig, uri: str, trials: list[Trial], best: Trial) -> None:
     """best.yaml, report.json and report.html."""
-    where = {"storage_uri": config.storage_uri, "overwrite": config.train.overwrite}
-    chosen = config.train.with_overrides(best.values | where)
-    storage.write_atomic(f"{uri}/{BEST}", to_yaml(chosen).encode())
+    storage.write_atomic(f"{uri}/{BEST}", to_yaml(config.chosen(best.values)).encode())
     content = report.content(trials, best, config.metric)
     storage.write_atomic(f"{uri}/report.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
     storage.write_atomic(f"{uri}/report.html", report.render(content).encode())

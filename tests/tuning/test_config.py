@@ -56,12 +56,29 @@ def test_asha_knows_the_longest_trial() -> None:
         ({"scheduler": "pbt", "search": "optuna"}, "scheduler pbt needs search random"),
         ({"scheduler": "pbt", "space": {"seed": {"choice": [1]}}}, r"space\.seed: scheduler pbt may only change"),
         ({"scheduler": "pbt", "pbt": {"interval_steps": 70}}, r"pbt\.interval_steps \(70\) must be a multiple"),
+        ({"times_narrower": 3}, r"times_narrower \(3\) must divide train\.model\.hidden_size"),
+        ({"times_narrower": 2, "space": {"model.num_heads": {"choice": [8]}}}, r"space\.model\.num_heads: .* sets it"),
+        ({"times_narrower": 2, "train": {"init_from_uri": "/m"}}, r"times_narrower: trials train fresh models"),
         ({"train": {"num_stps": 4}}, r"train\.num_stps: unknown key; did you mean train\.num_steps\?"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused_before_it_starts(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         config(**changes)
+
+
+def test_a_narrow_model_stands_for_the_wide_one() -> None:
+    given = config(times_narrower=4, train={"overwrite": True})
+    values = {"optimizer.learning_rate": 0.25}
+    trial, chosen = given.trial_config("/runs/trials/0001", values), given.chosen(values)
+    wide, narrow = given.train.model, trial.model
+    assert (narrow.hidden_size, narrow.num_heads, narrow.num_key_value_heads) == (64, 2, 1)
+    assert narrow.head_width == wide.head_width
+    assert trial.optimizer.found_at_hidden_size == 0
+    assert (chosen.model, chosen.optimizer.found_at_hidden_size) == (wide, 64)
+    assert chosen.optimizer.learning_rate == trial.optimizer.learning_rate == 0.25
+    assert (chosen.storage_uri, chosen.overwrite) == ("/runs", True)
+    assert any("a trial's model is 64 wide; best.yaml is for 256" in line for line in given.plan())
 
 
 def test_a_population_begins_with_the_config_and_ends_with_its_steps() -> None:
