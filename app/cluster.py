@@ -22,7 +22,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,17 @@ logger = logging.getLogger(__name__)
 API_KEY_VARIABLE = "ZERO_TO_ONE_API_KEY"
 START_SECONDS = 90
 STOP_SECONDS = 30
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
+# Of processes that run tasks: large arrays go back to the system as soon as they are freed (glibc would raise the size
+# from which they do with each one, Arrow's allocator keep what it had), and results go through Ray's store, however
+# small: else driver and receivers hold them, and there are the more small ones the larger a corpus is.
+_LEAN = {
+    "env_vars": {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(256 * 1024),
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
+        "RAY_max_direct_call_object_size": "0",
+    }
+}
 # Without the second, Ray turns --node-ip-address=127.0.0.1 into the machine's outer address and listens there; a client
 # must have it too, before `import ray`.
 PRIVATE = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -98,11 +107,11 @@ def exchange(
     """
     import ray
 
-    splitting = ray.remote(_on_a_small_heap(split)).options(num_returns=num_partitions)
+    splitting = ray.remote(split).options(num_returns=num_partitions, runtime_env=_LEAN)
     parts = [splitting.remote(*one) for one in inputs]
     if num_partitions == 1:  # Ray would hand on the list of one part as the part
-        parts = [[ray.remote(_only).remote(part)] for part in parts]
-    merging = ray.remote(_on_a_small_heap(_merge))
+        parts = [[ray.remote(_only).options(runtime_env=_LEAN).remote(part)] for part in parts]
+    merging = ray.remote(_merge).options(runtime_env=_LEAN)
     extras = [None] * num_partitions if extra is None else extra
     return [
         merging.remote(merge, extra is not None, one, *[part[index] for part in parts])
@@ -117,7 +126,7 @@ def map_tasks(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[
     """
     import ray
 
-    task = ray.remote(_on_a_small_heap(function))
+    task = ray.remote(function).options(runtime_env=_LEAN)
     window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = iter(items)
     running = [task.remote(item) for item in islice(waiting, window)]
@@ -125,33 +134,6 @@ def map_tasks(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[
         (done,), running = ray.wait(running, num_returns=1)
         running += [task.remote(item) for item in islice(waiting, 1)]
         yield ray.get(done)
-
-
-def _on_a_small_heap(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function in a process that gives large arrays back to the system as soon as they are freed.
-
-    Otherwise a worker that runs many tasks grows: glibc raises the size from which it does so with every array that is
-    freed, and Arrow's own allocator keeps what it had.
-    """
-
-    @wraps(function)
-    def run(*arguments: Any) -> Any:
-        _limit_heap()
-        return function(*arguments)
-
-    return run
-
-
-@cache  # once in a process
-def _limit_heap() -> None:
-    import ctypes
-
-    import pyarrow as pa
-
-    pa.set_memory_pool(pa.system_memory_pool())
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc
-        mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
-        mallopt(_M_ARENA_MAX, 2)
 
 
 def _only(parts: Sequence[Any]) -> Any:

@@ -24,7 +24,7 @@ from app import overlays
 from app.quantization.stage import OVERLAYS
 
 ROOT = Path(__file__).resolve().parent.parent
-WINDOWS, WINDOW_TOKENS, HELD_OUT_DOCUMENTS = 16, 512, 12
+WINDOW_TOKENS, HELD_OUT_DOCUMENTS = 512, 12
 
 
 def main() -> None:
@@ -32,27 +32,29 @@ def main() -> None:
     parser.add_argument("--folders", nargs="*", type=Path, help="each with a model and a corpus; none: SmolLM2")
     parser.add_argument("--group_sizes", nargs="+", type=int, default=[64, 32])
     parser.add_argument("--runs", type=int, default=3, help="rounds; medians are printed")
+    parser.add_argument("--windows", type=int, default=4, help=f"of {WINDOW_TOKENS} tokens to calibrate with")
     parser.add_argument("--child", nargs=2, metavar=("BACKEND", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(options.child[0], Path(options.child[1]), options.group_sizes[0])))
+        print(json.dumps(measure(options.child[0], Path(options.child[1]), options.group_sizes[0], options.windows)))
         return
     print(random_models.machine())
+    print(f"calibration: {options.windows} windows of at most {WINDOW_TOKENS} tokens; medians of {options.runs} runs")
     ratios = []
     for folder in options.folders or [smollm2.make()]:
         for size in options.group_sizes:
-            found = compare(folder, size, options.runs)
+            found = compare(folder, size, options.windows, options.runs)
             ratios.append(f"{folder.name}, groups of {size}: {found:.2f}")
     print("\n".join(f"calibration, AutoAWQ's time / llm-compressor's, {ratio}" for ratio in ratios))
 
 
-def compare(folder: Path, group_size: int, runs: int) -> float:
+def compare(folder: Path, group_size: int, num_windows: int, runs: int) -> float:
     """Both backends in turns; prints their lines, and gives the ratio of their times."""
     seconds = defaultdict(list)
     figures = {}
     for _ in range(runs):
         for backend in OVERLAYS:
-            figures[backend] = run(backend, folder, group_size)
+            figures[backend] = run(backend, folder, group_size, num_windows)
             seconds[backend].append(figures[backend].pop("seconds"))
     for backend, times in seconds.items():
         told = ", ".join(f"{name} {value}" for name, value in figures[backend].items())
@@ -63,11 +65,12 @@ def compare(folder: Path, group_size: int, runs: int) -> float:
     return statistics.median(seconds["autoawq"]) / statistics.median(seconds["llm-compressor"])
 
 
-def run(backend: str, folder: Path, group_size: int) -> dict[str, float]:
+def run(backend: str, folder: Path, group_size: int, num_windows: int) -> dict[str, float]:
     """One process; its figures."""
     path = overlays.python_path(OVERLAYS[backend], backend)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([path, str(ROOT)]), "TQDM_DISABLE": "1"}
-    command = [sys.executable, __file__, "--group_sizes", str(group_size), "--child", backend, str(folder)]
+    sizes = ["--group_sizes", str(group_size), "--windows", str(num_windows)]
+    command = [sys.executable, __file__, *sizes, "--child", backend, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{backend} failed:\n{done.stderr[-3000:]}")
@@ -75,7 +78,7 @@ def run(backend: str, folder: Path, group_size: int) -> dict[str, float]:
     return figures
 
 
-def measure(backend: str, folder: Path, group_size: int) -> dict[str, float]:
+def measure(backend: str, folder: Path, group_size: int, num_windows: int) -> dict[str, float]:
     """Quantize in this process."""
     from app.documents import sample_texts
     from app.models import encode, load_model, load_tokenizer
@@ -86,7 +89,7 @@ def measure(backend: str, folder: Path, group_size: int) -> dict[str, float]:
     held_out = sample_texts(str(folder / "corpus"), "held_out", HELD_OUT_DOCUMENTS)
     documents = encode(tokenizer, sample_texts(str(folder / "corpus"), "train", 20_000))
     tokens = min(WINDOW_TOKENS, model.config.max_position_embeddings)
-    windows = awq.choose_windows(documents, WINDOWS, tokens, seed=0)
+    windows = awq.choose_windows(documents, num_windows, tokens, seed=0)
     before = bits_per_byte(model, tokenizer, held_out)
     began = time.process_time()
     if backend == "autoawq":

@@ -280,9 +280,9 @@ def _near_duplicates(layout: Layout, config: CorpusConfig, fallen: Sequence[Any]
 
 def _clusters(edges: list[Any], layout: Layout) -> list[Any]:
     """Large-star and small-star in turn until each document is tied to the first of its cluster."""
-    checksum, before = ray.remote(partitions.checksum), None
+    before = None
     for round_number in range(64):
-        now = np.sum(ray.get([checksum.remote(rows) for rows in edges]), axis=0).tolist()
+        now = np.sum([*cluster.map_tasks(partitions.checksum, edges)], axis=0).tolist()
         if now == before:
             logger.info("near-duplicates: %d documents fall, found in %d rounds", now[0], round_number)
             return edges
