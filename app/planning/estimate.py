@@ -149,7 +149,7 @@ def training_flops(config: TrainConfig, shape: Shape) -> float:
     """FLOPs of one token, forward and backward."""
     model = config.model
     multiplied = count_parameters(model, shape.vocab_size).multiplied
-    seen = seen_tokens(shape.block_tokens, model.num_layers, model.num_local_layers, model.sliding_window_tokens)
+    seen = seen_tokens(shape.block_tokens, model.num_layers, model.num_local_layers, model.local_tokens)
     return flops_per_token(multiplied, model.num_layers, model.num_heads * model.head_width, seen)
 
 
