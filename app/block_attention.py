@@ -45,8 +45,8 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: 
         return attend_by_flex(query, key, value, blocks)
     before, after = earlier % blocks.tokens, -key.shape[2] % blocks.tokens  # to whole blocks
     by_key_head = (-1, query.shape[1] // key.shape[1], before + length + after, query.shape[3])
-    queries = functional.pad(query, (0, 0, before, after)).reshape(by_key_head)
-    keys, values = (functional.pad(tensor, (0, 0, 0, after)).flatten(0, 1) for tensor in (key, value))
+    queries = functional.pad(query, (0, 0, before, after)).reshape(by_key_head).contiguous()
+    keys, values = (functional.pad(tensor, (0, 0, 0, after)).flatten(0, 1).contiguous() for tensor in (key, value))
     out: torch.Tensor = _Chosen.apply(queries, keys, values, blocks)  # type: ignore[no-untyped-call]
     return out.view(*query.shape[:2], *out.shape[2:])[:, :, before : before + length]
 

@@ -79,6 +79,15 @@ def test_tiles_equal_the_masked_matrix(shape: tuple[int, ...]) -> None:
     assert max(map(distance, gradients, wanted)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_it_takes_tensors_as_layers_make_them(batch: int) -> None:
+    """[B, T, H, D] in memory, of a length that needs no padding."""
+    given = [tensor.detach() for tensor in tensors(batch, 4, 2, 96)]
+    expected = attend(*given, Blocks(16, 3, SCALE))
+    found = attend(*(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in given), Blocks(16, 3, SCALE))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
 def test_the_last_queries_see_what_they_saw_among_all(shape: tuple[int, ...]) -> None:
     """With earlier keys in a cache: one query, less than a block of them, or several blocks from anywhere."""
