@@ -66,6 +66,9 @@ def load_model(model_dir: Path, dtype: str = "float32") -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from app import block_qwen3
+
+    block_qwen3.register()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, trust_remote_code=False
     )

@@ -1,9 +1,11 @@
-"""Layers that see a window beside layers that see all, of the same Olmo 3: training time, prefill time, bits per byte.
+"""Layers that see a window, or chosen blocks, beside layers that see all: training time, prefill time, bits per byte.
 
-Every fourth layer sees all the tokens before, and in one row only the last of eight; the others the last 256. Forward
-and backward pass of one attention and of the whole model run here, on one thread, turn by turn; prefill is vLLM's, by
-its own count of the seconds to the first token, each model in a process of its own. `--train` also trains the pair on
-the demo's text in blocks of 2048 tokens and prints the cost in held-out bits per byte.
+Every fourth layer sees all the tokens before, and in one row only the last of eight; the others the last 256, or their
+own block of 128 and the three before it that fit best. Windows are Olmo 3's, blocks a Qwen3's; each is compared with
+the same family whose layers all see all. Forward and backward pass of one attention and of the whole model run here, on
+one thread, turn by turn; prefill is vLLM's, by its own count of the seconds to the first token, each model in a process
+of its own. `--train` also trains the pair with windows on the demo's text in blocks of 2048 tokens and prints the cost
+in held-out bits per byte.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from competitors import demo_corpus, demo_training, random_models
 LENGTHS = (4096, 8192)
 VOCAB_SIZE = 6000
 WINDOW = 256
+BLOCKS = {"attention_block_tokens": 128, "attention_blocks": 4}
 SIZES = {
     "architecture": "olmo3", "hidden_size": 256, "intermediate_size": 768, "num_layers": 8, "num_heads": 8,
     "num_key_value_heads": 4, "tie_embeddings": False,
@@ -33,7 +36,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "every 4th sees all": SIZES | {"sliding_window_tokens": WINDOW, "global_every": 4},
     "every 8th sees all": SIZES | {"sliding_window_tokens": WINDOW, "global_every": 8},
 }
-DENSE, SPARSE = list(MODELS)[:2]
+QWEN3 = SIZES | {"architecture": "qwen3"}
+CHOOSING: dict[str, dict[str, Any]] = {
+    "all see all": QWEN3,
+    "every 4th sees all": QWEN3 | BLOCKS | {"global_every": 4},
+}
+PAIRS = {"windows": MODELS, "blocks": CHOOSING}
 AIM_SPEED, AIM_COST = 2.3, 1.0
 STEPS, BLOCK_TOKENS, TRAIN_WINDOW = 200, 2048, 256
 CACHE_BYTES = 1 << 30
@@ -53,11 +61,12 @@ def make(model: dict[str, Any], length: int) -> Any:
     return made.train()
 
 
-def attention(length: int, window: int) -> Callable[[], None]:
-    """Forward and backward of one attention of the models' shape, over all or within a window."""
+def attention(length: int, window: int = 0, blocks: tuple[int, ...] = ()) -> Callable[[], None]:
+    """Forward and backward of one attention of the models' shape: over all, within a window, or to chosen blocks."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
+    from app import block_attention
     from app.training.local_attention import attend, chunk_mask
 
     heads, shared, width = 8, 4, 32
@@ -67,7 +76,9 @@ def attention(length: int, window: int) -> Callable[[], None]:
     mask = chunk_mask(lambda _, __, queries, keys: queries - keys < window, 1, length, window) if window else None
 
     def run() -> None:
-        if mask is None:
+        if blocks:
+            out = block_attention.attend(query, key, value, block_attention.Blocks(*blocks, width**-0.5))
+        elif mask is None:
             out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         else:
             out = attend(query, key, value, mask)
@@ -110,11 +121,11 @@ def show(what: str, length: int, found: dict[str, float]) -> float:
     return dense / list(found.values())[1]
 
 
-def prefill(folder: Path, name: str, runs: int) -> dict[str, float]:
+def prefill(folder: Path, name: str, model: dict[str, Any], runs: int) -> dict[str, float]:
     """Median seconds to the first token at each length, in a process of its own."""
-    path = folder / name.replace(" ", "-")
+    path = folder / f"{model['architecture']}-{name}".replace(" ", "-").replace(",", "")
     if not (path / "config.json").exists():
-        make(MODELS[name], max(LENGTHS)).save_pretrained(path)
+        make(model, max(LENGTHS)).save_pretrained(path)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(demo_training.ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
@@ -189,22 +200,27 @@ def main() -> None:
     print(random_models.machine())
     print(f"one thread, float32, windows of {WINDOW} tokens; seconds, medians of {given.runs} turns")
     print(f"{'':22} {'tokens':>7} {'':20} {'seconds':>9} {'times':>7}")
-    faster = {}
+    faster: dict[tuple[str, str, int], float] = {}
     for length in LENGTHS:
-        kinds = {"all": attention(length, 0), f"window of {WINDOW}": attention(length, WINDOW)}
-        faster["one attention", length] = show("attention, both passes", length, compare(kinds, given.runs))
-    for length in LENGTHS:
-        models = {name: whole(model, length) for name, model in MODELS.items()}
-        faster["model", length] = show("model, both passes", length, compare(models, given.runs))
-    prefills = {name: prefill(given.folder, name, given.runs) for name in MODELS}
-    for length in LENGTHS:
-        found = {name: seconds[str(length)] for name, seconds in prefills.items()}
-        faster["prefill", length] = show("model, vLLM's prefill", length, found)
+        kinds = {"all": attention(length), f"window of {WINDOW}": attention(length, WINDOW)}
+        kinds["4 blocks of 128"] = attention(length, blocks=tuple(BLOCKS.values()))
+        found = compare(kinds, given.runs)
+        show("attention, both passes", length, found)
+        for kind, seconds in zip(PAIRS, list(found.values())[1:], strict=True):
+            faster[kind, "one attention", length] = found["all"] / seconds
+    for kind, family in PAIRS.items():
+        for length in LENGTHS:
+            models = {name: whole(model, length) for name, model in family.items()}
+            faster[kind, "model", length] = show("model, both passes", length, compare(models, given.runs))
+        prefills = {name: prefill(given.folder, name, model, given.runs) for name, model in family.items()}
+        for length in LENGTHS:
+            found = {name: seconds[str(length)] for name, seconds in prefills.items()}
+            faster[kind, "prefill", length] = show("model, vLLM's prefill", length, found)
     if given.train:
         cost(given.folder / "text", given.train)
-    for (what, length), times in faster.items():
-        aim = f"   (aim: {AIM_SPEED})" if what == "model" else ""
-        print(f"{what} at {length} tokens, windows in three of four layers: {times:.2f} times faster{aim}")
+    for (kind, what, length), times in faster.items():
+        aim = f"   (aim: {AIM_SPEED})" if (kind, what) == ("windows", "model") else ""
+        print(f"{what} at {length} tokens, {kind} in three of four layers: {times:.2f} times faster{aim}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ MAY_READ = {
     "tuning": {"training"},
 }  # a package -> stage packages that it may import
 FOUNDATION = {
+    "block_attention",
+    "block_qwen3",
     "config",
     "devices",
     "documents",
@@ -50,7 +52,9 @@ MAY_IMPORT = {  # a foundation module -> foundation modules it may import
     "artifacts": {"config", "records", "storage"},
     "documents": {"records", "storage"},
     "cluster": {"config", "records", "storage", "logs"},
-    "models": {"config", "records", "storage"},
+    "block_attention": set(),
+    "block_qwen3": {"block_attention"},
+    "models": {"block_qwen3", "config", "records", "storage"},
     "overlays": set(),
     "page": set(),
     "privacy": {"config", "records"},

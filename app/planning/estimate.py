@@ -14,6 +14,7 @@ from app.training.sizes import Parameters, chunk_tokens, count_parameters, flops
 
 GIB = 1 << 30
 _LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters and sub_group_size
+_TILE_ROWS = 64  # app/block_attention.py's; that it is imports torch
 _INT4_BYTES = 0.5 + 2.5 / 128  # 4 bits, and of each group of 128 a 16-bit scale and a 4-bit zero point
 
 
@@ -118,7 +119,7 @@ def _layer_bytes(config: TrainConfig, shape: Shape) -> float:
     kept = 4 if model.architecture == "olmo3" else size  # of what is normalised: it is weighted in float32
     norms = 2 * width * (4 + kept + size)  # the float32 input, the normalised, the result that the linear layers read
     attention = float(size * (2 * queries + 2 * keys) + 4 * model.num_heads)  # q, k, v, the result, its log-sum-exp
-    attention += _chunk_bytes(config, shape) / model.num_layers
+    attention += (_chunk_bytes(config, shape) + _choice_bytes(config, shape)) / model.num_layers
     if model.architecture != "llama":
         attention += (queries + keys) * (4 + kept)
     if config.attention == "eager":
@@ -136,7 +137,7 @@ def _chunk_bytes(config: TrainConfig, shape: Shape) -> float:
     A chunk's keys and values with those before it, the last chunk filled up, the result once more in order, one mask.
     """
     size, model, window = _element_bytes(config), config.model, config.model.sliding_window_tokens
-    if config.attention != "sdpa" or not model.num_local_layers or window >= shape.block_tokens:
+    if config.attention != "sdpa" or not window or not model.num_local_layers or window >= shape.block_tokens:
         return 0.0
     queries, keys = model.num_heads * model.head_width, model.num_key_value_heads * model.head_width
     chunk = chunk_tokens(window)
@@ -145,11 +146,28 @@ def _chunk_bytes(config: TrainConfig, shape: Shape) -> float:
     return size * (model.num_local_layers * again + filled * (window + chunk))
 
 
+def _choice_bytes(config: TrainConfig, shape: Shape) -> float:
+    """What all layers that choose blocks keep of one token beyond those that do not: block_attention.py.
+
+    The result once more in order, all filled up to whole blocks, and in 64 bits where in the tiles a query is and which
+    query is there; on average half a tile of each block is empty.
+    """
+    size, model, tokens = _element_bytes(config), config.model, config.model.attention_block_tokens
+    if not tokens or tokens * model.attention_blocks >= shape.block_tokens:
+        return 0.0
+    queries, keys = model.num_heads * model.head_width, model.num_key_value_heads * model.head_width
+    filled = -(-shape.block_tokens // tokens) * tokens / shape.block_tokens
+    again = queries + (2 * queries + 2 * keys) * (filled - 1)
+    pairs = model.num_heads * (model.attention_blocks - 1)
+    places = pairs * (filled + 1) + _TILE_ROWS / 2 * model.num_key_value_heads / tokens
+    return model.num_local_layers * (size * again + 8 * places)
+
+
 def training_flops(config: TrainConfig, shape: Shape) -> float:
     """FLOPs of one token, forward and backward."""
     model = config.model
     multiplied = count_parameters(model, shape.vocab_size).multiplied
-    seen = seen_tokens(shape.block_tokens, model.num_layers, model.num_local_layers, model.sliding_window_tokens)
+    seen = seen_tokens(shape.block_tokens, model.num_layers, model.num_local_layers, model.local_tokens)
     return flops_per_token(multiplied, model.num_layers, model.num_heads * model.head_width, seen)
 
 

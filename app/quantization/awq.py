@@ -36,6 +36,12 @@ def refuse_experts(model_config: Mapping[str, Any]) -> None:
         raise ValueError("model_uri: a mixture of experts is not quantized yet; serve the model as it is")
 
 
+def refuse_blocks(model_config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a model whose layers see chosen blocks of tokens: not tried."""
+    if model_config.get("attention_block_tokens"):
+        raise ValueError("model_uri: a model with attention_block_tokens is not quantized yet; serve it as it is")
+
+
 def quantize(
     model: PreTrainedModel, windows: Sequence[Sequence[int]], group_size: int, symmetric: bool, ignore: list[str]
 ) -> None:

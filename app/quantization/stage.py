@@ -19,7 +19,7 @@ import ray
 from app import cluster, overlays, storage
 from app.artifacts import GATE, Manifest, clear, find_complete, publish, read_manifest
 from app.documents import sample_texts
-from app.quantization.awq import refuse_experts, refuse_group_size
+from app.quantization.awq import refuse_blocks, refuse_experts, refuse_group_size
 from app.quantization.config import QuantizeConfig
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ def run(config: QuantizeConfig) -> Manifest:
     with storage.open_file(f"{model.uri}/config.json") as file:
         model_config = json.load(file)
     refuse_experts(model_config)
+    refuse_blocks(model_config)
     for size in config.group_sizes:
         refuse_group_size(model_config, size)
     clear(uri)

@@ -23,6 +23,7 @@ from app.serving.engine import (
     engine_arguments,
     engine_environment,
     model_source,
+    refuse_untried,
 )
 from app.serving.lineage import lineage
 from app.serving.moderation import build_moderator
@@ -76,6 +77,7 @@ def _engines(config: LLMConfig, args: ServeConfig) -> Application:
 
 
 def _llm_config(args: ServeConfig, use_gpu: bool) -> LLMConfig:
+    refuse_untried(args, use_gpu)
     return LLMConfig(
         model_loading_config={"model_id": args.model_id, "model_source": model_source(args.model_uri)},
         accelerator_config={"kind": "gpu" if use_gpu else "cpu"},

@@ -81,6 +81,17 @@ def engine_arguments(config: ServeConfig, use_gpu: bool, machine: Machine | None
     return arguments
 
 
+def refuse_untried(config: ServeConfig, use_gpu: bool) -> None:
+    """Raises ValueError where layers see chosen blocks of tokens (block_qwen3.py) and the endpoint is not tried so."""
+    wrong = {"a GPU": use_gpu, "adapters.folder": bool(config.adapters.folder)}
+    found = [name for name, is_set in wrong.items() if is_set]
+    if found and _model_settings(config).get("attention_block_tokens"):
+        raise ValueError(
+            f"model_uri: {config.model_uri} has attention_block_tokens: served on CPUs without adapters, "
+            f"and not with {' or '.join(found)}"
+        )
+
+
 def adapter_arguments(config: ServeConfig) -> dict[str, Any]:
     """Keyword arguments of vLLM's engine for LoRA: none without a folder of adapters."""
     if not config.adapters.folder:

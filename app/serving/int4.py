@@ -52,9 +52,18 @@ _held = _Held()
 
 
 def register() -> None:
-    """Put the kernel first among vLLM's CPU kernels, if this machine needs it. Called by vLLM in each process."""
+    """Put the kernel first among vLLM's CPU kernels, if this machine needs it. Called by vLLM in each process.
+
+    It is the project's one plugin, so it also makes the model family of block_qwen3.py known.
+    """
+    from vllm import ModelRegistry
     from vllm.platforms import PlatformEnum, current_platform
 
+    from app import block_qwen3
+
+    block_qwen3.register()
+    name = block_qwen3.BlockSparseQwen3ForCausalLM.__name__
+    ModelRegistry.register_model(name, f"app.serving.block_qwen3:{name}")
     if not current_platform.is_cpu():
         return
     import vllm._custom_ops  # noqa: F401  loads the compiled operators

@@ -15,8 +15,8 @@ class ModelConfig(Config):
 
     architecture: Literal["llama", "qwen3", "qwen3_moe", "olmo3"] = Field(
         "llama",
-        description="qwen3: queries and keys are normalised; qwen3_moe: a mixture of experts in every layer; olmo3: "
-        "layers may see a window only",
+        description="qwen3: queries and keys are normalised, layers may see chosen blocks only; qwen3_moe: a mixture "
+        "of experts in every layer; olmo3: layers may see a window only",
     )
     hidden_size: int = Field(256, ge=32, description="width of the residual stream")
     intermediate_size: int = Field(768, ge=32, description="width of the SwiGLU layer; qwen3_moe does not use it")
@@ -34,8 +34,14 @@ class ModelConfig(Config):
     sliding_window_tokens: int = Field(
         0, ge=0, description="a token sees itself and those before it, so many in all; 0: all before it. For olmo3"
     )
+    attention_block_tokens: int = Field(
+        0, ge=0, description="a token sees blocks of so many, chosen by what is in them; 0: all before it. For qwen3"
+    )
+    attention_blocks: int = Field(
+        0, ge=0, description="blocks that a token sees in each head, its own and the best before it; 2 or more"
+    )
     global_every: int = Field(
-        0, ge=0, description="with a window: every n-th layer sees all the same, as the last of n; 0: none does"
+        0, ge=0, description="with a window or blocks: every n-th layer sees all, as the last of n; 0: none does"
     )
 
     @model_validator(mode="after")
@@ -66,16 +72,36 @@ class ModelConfig(Config):
                 f"sliding_window_tokens needs architecture olmo3 (it is {self.architecture}): of a llama or qwen3 with "
                 "windows in some layers transformers and vLLM compute different answers"
             )
-        if self.global_every and not self.sliding_window_tokens:
-            raise ValueError("global_every needs sliding_window_tokens: without a window every layer sees all")
+        if self.global_every and not self.local_tokens:
+            raise ValueError(
+                "global_every needs sliding_window_tokens or attention_block_tokens: without them every layer sees all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_belong(self) -> ModelConfig:
+        if bool(self.attention_block_tokens) != bool(self.attention_blocks) or self.attention_blocks == 1:
+            raise ValueError(
+                "attention_block_tokens and attention_blocks belong together: set both, attention_blocks to 2 or more "
+                "(a token's own block is one), or none"
+            )
+        if self.attention_block_tokens and self.architecture != "qwen3":
+            raise ValueError(f"attention_block_tokens needs architecture qwen3 (it is {self.architecture})")
         return self
 
     @property
     def num_local_layers(self) -> int:
-        """Layers that see a window only."""
-        if not self.sliding_window_tokens:
+        """Layers that see a window or chosen blocks only."""
+        if not self.local_tokens:
             return 0
         return self.num_layers - (self.num_layers // self.global_every if self.global_every else 0)
+
+    @property
+    def local_tokens(self) -> float:
+        """Tokens that one sees in such a layer: of its own block half, as a mean; 0 without such layers."""
+        if self.attention_block_tokens:
+            return (self.attention_blocks - 0.5) * self.attention_block_tokens
+        return self.sliding_window_tokens
 
     @property
     def head_width(self) -> int:

@@ -42,7 +42,10 @@ def load_whole(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) 
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from app import block_qwen3
+
     disable_progress_bar()
+    block_qwen3.register()
     if config.adapter.rank:
         weights = _whole_weights(run_uri, manifest)
         model = load_base(config, attention="sdpa")  # what suits a GPU's workers may not run here
@@ -114,6 +117,9 @@ def load_base(config: TrainConfig, attention: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from app import block_qwen3
+
+    block_qwen3.register()
     with storage.local_copy(config.resolve(config.init_from_uri)) as folder:
         return AutoModelForCausalLM.from_pretrained(
             folder,

@@ -1,7 +1,8 @@
 """The model families: a config of ours as a transformers config, and what of a model is a mixture of experts.
 
 Llama (Touvron et al. 2023, arXiv:2302.13971), Qwen3 and Qwen3-MoE (Yang et al. 2025, arXiv:2505.09388), and Olmo 3
-(Team Olmo 2025, arXiv:2512.13961), whose layers may see a window only. A folder in the Hugging Face layout may hold
+(Team Olmo 2025, arXiv:2512.13961), whose layers may see a window only; a Qwen3 whose layers see chosen blocks is one of
+our own, app/block_qwen3.py. A folder in the Hugging Face layout may hold
 others; a mixture of experts must be one whose routers experts.py can watch.
 It makes no weights; engine.py does.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 from app.training import local_attention
 from app.training.config import ModelConfig, TrainConfig
+from app.training.refusals import WITH_BLOCKS
 
 WATCHED = ("mixtral", "qwen2_moe", "qwen3_moe")  # their routers return logits [tokens, experts] and the chosen experts
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as the families call it
@@ -22,9 +24,13 @@ def architecture(config: TrainConfig, shape: Mapping[str, int]) -> Any:
     """The transformers config of a fresh model; `shape` holds vocab_size, block_tokens and end_of_text_id."""
     from transformers import LlamaConfig, Olmo3Config, Qwen3Config, Qwen3MoeConfig
 
+    from app import block_qwen3
+
+    block_qwen3.register()
     model = config.model
     families = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig, "olmo3": Olmo3Config}
-    made = families[model.architecture](
+    family = block_qwen3.BlockSparseQwen3Config if model.attention_block_tokens else families[model.architecture]
+    made = family(
         vocab_size=shape["vocab_size"],
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
@@ -54,6 +60,9 @@ def use_windows(model_config: Any) -> None:
 def _layers(model: ModelConfig, block_tokens: int) -> dict[str, Any]:
     """What the layers see, and their positions."""
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if model.attention_block_tokens:
+        kept = ("attention_block_tokens", "attention_blocks", "global_every")
+        return {"rope_parameters": rope} | {name: getattr(model, name) for name in kept}
     if model.architecture != "olmo3":
         return {"rope_parameters": rope}
     every = model.global_every or model.num_layers + 1
@@ -66,6 +75,16 @@ def _layers(model: ModelConfig, block_tokens: int) -> dict[str, Any]:
         "rope_parameters": {kind: dict(rope) for kind in ("sliding_attention", "full_attention")},
         "pad_token_id": None,
     }
+
+
+def local_layers(model_config: Any) -> tuple[int, float]:
+    """Layers of a transformers model that see a part of the tokens only, and how many a token sees there."""
+    tokens = getattr(model_config, "attention_block_tokens", 0)
+    if tokens:
+        kinds = [model_config.sees_all(layer) for layer in range(model_config.num_hidden_layers)]
+        return kinds.count(False), (model_config.attention_blocks - 0.5) * tokens
+    local = (getattr(model_config, "layer_types", None) or []).count("sliding_attention")
+    return local, model_config.sliding_window if local else 0
 
 
 def _experts(model: ModelConfig) -> dict[str, Any]:
@@ -91,6 +110,16 @@ def refuse_unwatched(settings: Mapping[str, Any]) -> None:
     if any(settings.get(name) for name in _NUM_EXPERTS) and family not in WATCHED:
         raise ValueError(
             f"init_from_uri: a mixture of experts of type {family} is not supported; {', '.join(WATCHED)} are"
+        )
+
+
+def refuse_untried_with_blocks(config: TrainConfig, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError if a model's config.json says that its layers choose blocks, and the job is none tried so."""
+    wrong = [key for key, tried in WITH_BLOCKS.items() if getattr(config, key) != tried]
+    wrong += ["adapter.rank"] if config.adapter.rank else []
+    if settings.get("attention_block_tokens") and wrong:
+        raise ValueError(
+            f"init_from_uri: its layers see chosen blocks only; {', '.join(wrong)}: not tried with that, leave it out"
         )
 
 

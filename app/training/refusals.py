@@ -14,6 +14,7 @@ from typing import Any, Literal
 from app.training.config import TrainConfig
 from app.training.layout import SHAREABLE, sequence_fits, tensor_fits
 
+WITH_BLOCKS = {"attention": "sdpa", "compile": False, "document_masking": False, "float8": "none"}  # tried with them
 SHARING = ("pipeline_stages", "sequence_parallel", "tensor_parallel")  # ways to share a model; one at a time
 
 
@@ -71,7 +72,7 @@ def _gpu_attention_on_cpu(config: TrainConfig, devices: Devices) -> Refusal | No
 
 
 def _flash_attention_in_float32(config: TrainConfig, devices: Devices) -> Refusal | None:
-    fits = devices.kind != "cpu" and not _shares(config)  # else sdpa takes its place
+    fits = devices.kind != "cpu" and not _shares(config) and not _has_blocks(config)  # else sdpa takes its place
     if config.attention == "flash_attention_2" and config.dtype == "float32" and fits:
         return Refusal("attention flash_attention_2: computes in 16 bits only", "dtype", "bfloat16")
     return None
@@ -97,14 +98,26 @@ def _float8(config: TrainConfig, devices: Devices) -> Refusal | None:
         return Refusal(f"{what}: the weights below an adapter are not converted", "float8", "none")
     if config.model.num_experts and not config.init_from_uri:
         return Refusal(f"{what}: experts are no linear layers: most of a mixture would stay as it is", "float8", "none")
-    if _shares(config):
-        return Refusal(f"{what}: not tried where workers share a model", "float8", "none")
+    if _shares(config) or _has_blocks(config):
+        where = "where workers share a model" if _shares(config) else "with model.attention_block_tokens"
+        return Refusal(f"{what}: not tried {where}", "float8", "none")
     if on_gpus and config.dtype == "float32":
         return Refusal(f"{what}: on GPUs the rest is computed in 16 bits", "dtype", "bfloat16")
     if config.zero_stage == 3 and not config.activation_checkpointing:
         reason = f"{what} under ZeRO-3: all gathered weights would be kept until the backward pass"
         return Refusal(reason, "activation_checkpointing", True)
     return None
+
+
+def _not_tried_with_blocks(config: TrainConfig, devices: Devices, key: str) -> Refusal | None:
+    now, tried = getattr(config, key), WITH_BLOCKS[key]
+    if now != tried and _has_blocks(config):
+        return Refusal(f"{key} {str(now).lower()}: not with model.attention_block_tokens", key, tried)
+    return None
+
+
+def _has_blocks(config: TrainConfig) -> bool:
+    return bool(config.model.attention_block_tokens) and not config.init_from_uri
 
 
 def _no_device_to_score_on(config: TrainConfig, devices: Devices) -> Refusal | None:
@@ -208,6 +221,8 @@ def _faults(config: TrainConfig, kind: str) -> list[str]:
     faults = []
     if not config.init_from_uri and config.model.architecture not in SHAREABLE:
         faults.append(f"model.architecture {config.model.architecture}: {' and '.join(SHAREABLE)} can be shared")
+    if _has_blocks(config):
+        faults.append("model.attention_block_tokens: not tried where workers share a model")
     if config.adapter.rank:
         faults.append("adapter.rank: adapters are not shared")
     if config.offload_optimizer == "nvme":
@@ -226,6 +241,7 @@ RULES: tuple[Rule, ...] = (
     _flash_attention_in_float32,
     _4bit_under_zero_3,
     _float8,
+    *(partial(_not_tried_with_blocks, key=key) for key in WITH_BLOCKS if key != "float8"),
     _no_device_to_score_on,
     *(partial(_cannot_share, kind=kind) for kind in SHARING),
     *(partial(_degree, kind=kind) for kind in SHARING),

@@ -88,16 +88,16 @@ def flops_per_token(num_multiplied_parameters: int, num_layers: int, attention_w
     return 6.0 * num_multiplied_parameters + 12.0 * num_layers * attention_width * seen
 
 
-def seen_tokens(block_tokens: int, num_layers: int, num_local_layers: int, window: int) -> float:
+def seen_tokens(block_tokens: int, num_layers: int, num_local_layers: int, local_tokens: float) -> float:
     """Length of a block as attention meets it, the mean over layers, by PaLM's count.
 
-    That count takes a causal layer for one that sees the block to both sides, so a window counts twice itself, and
-    never more than the block.
+    That count takes a causal layer for one that sees the block to both sides, so a window, or what a token sees of
+    chosen blocks, counts twice itself, and never more than the block. The choice of blocks is not counted.
 
     >>> seen_tokens(4096, 4, 3, 512)
     1792.0
     """
-    local = min(block_tokens, 2 * window)
+    local = min(block_tokens, 2 * local_tokens)
     return (num_local_layers * local + (num_layers - num_local_layers) * block_tokens) / num_layers
 
 

@@ -34,7 +34,7 @@ from app.models import END_OF_TEXT
 from app.training import checkpoint, goodput, journal, ledger, parallel, record, report, signals
 from app.training.batches import PAIRS, open_plan, read_tokens
 from app.training.config import TrainConfig
-from app.training.families import refuse_unwatched
+from app.training.families import refuse_untried_with_blocks, refuse_unwatched
 from app.training.layout import refuse_unshareable
 from app.training.refusals import Devices
 
@@ -140,6 +140,7 @@ def read_inputs(config: TrainConfig) -> dict[str, Input]:
         with storage.open_file(f"{uri}/config.json") as file:
             base = json.load(file)
         refuse_unwatched(base)
+        refuse_untried_with_blocks(config, base)
     refuse_unshareable(config, block_tokens, base)
     return inputs
 

@@ -24,6 +24,7 @@ from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
 from app.training.engine import build, num_matrix_parameters, whole_model
 from app.training.experts import Experts
+from app.training.families import local_layers
 from app.training.feed import Feed, Share
 from app.training.gathering import Workload
 from app.training.held_out import HeldOut, open_all
@@ -341,9 +342,8 @@ def _workload(config: TrainConfig, model: Any, block_tokens: int, use_gpu: bool)
     shape = model.config
     head_width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     attention_width = shape.num_attention_heads * head_width
-    num_layers, kinds = shape.num_hidden_layers, getattr(shape, "layer_types", None) or []
-    local = kinds.count("sliding_attention")
-    seen = seen_tokens(block_tokens, num_layers, local, shape.sliding_window if local else 0)
+    num_layers = shape.num_hidden_layers
+    seen = seen_tokens(block_tokens, num_layers, *local_layers(shape))
     per_token = flops_per_token(num_matrix_parameters(model), num_layers, attention_width, seen)
     return Workload(config.global_batch_sequences * block_tokens, per_token, peak_flops(use_gpu))
 

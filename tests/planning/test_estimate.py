@@ -79,6 +79,8 @@ def random_model(seed: int) -> dict[str, Any]:
         "head_size": draw.choice([0, 16, 64]),
         "tie_embeddings": draw.random() < 0.5,
     }
+    if model["architecture"] == "qwen3" and draw.random() < 0.5:
+        model |= {"attention_block_tokens": 8, "attention_blocks": 3}
     if model["architecture"] == "qwen3_moe":
         experts = draw.randint(2, 6)
         model |= {
@@ -118,8 +120,10 @@ def test_parameters_are_those_of_transformers(seed: int) -> None:
         {"architecture": "olmo3"},
         {"architecture": "olmo3", "sliding_window_tokens": 64, "global_every": 3},
         {"architecture": "olmo3", "sliding_window_tokens": 24},
+        {"architecture": "qwen3", "attention_block_tokens": 16, "attention_blocks": 3, "global_every": 3},
+        {"architecture": "qwen3", "num_key_value_heads": 2, "attention_block_tokens": 24, "attention_blocks": 2},
     ],
-    ids=["llama", "qwen3", "qwen3_moe", "olmo3", "local and global", "local"],
+    ids=["llama", "qwen3", "qwen3_moe", "olmo3", "local and global", "local", "blocks and global", "blocks"],
 )
 def test_activations_are_what_autograd_keeps(dtype: str, family: dict[str, Any]) -> None:
     import torch
@@ -146,6 +150,14 @@ def test_activations_are_what_autograd_keeps(dtype: str, family: dict[str, Any])
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / input_ids.numel()
     float32_logits = 4 * 64
     assert activation_bytes_per_token(config, Shape(64, 128)) + float32_logits == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.slow
+def test_tiles_are_as_high_as_they_are() -> None:
+    from app.block_attention import TILE_ROWS
+    from app.planning import estimate
+
+    assert estimate._TILE_ROWS == TILE_ROWS
 
 
 @pytest.mark.parametrize(

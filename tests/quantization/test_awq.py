@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from app.quantization.awq import choose_windows, linear_sizes, refuse_experts, refuse_group_size
+from app.quantization.awq import choose_windows, linear_sizes, refuse_blocks, refuse_experts, refuse_group_size
 
 
 def test_sizes_of_packed_linear_layers(tmp_path: Path) -> None:
@@ -46,3 +46,9 @@ def test_a_mixture_of_experts_is_refused() -> None:
     refuse_experts({"hidden_size": 256})
     with pytest.raises(ValueError, match="a mixture of experts is not quantized yet"):
         refuse_experts({"hidden_size": 256, "num_experts": 8})
+
+
+def test_chosen_blocks_are_refused() -> None:
+    refuse_blocks({"hidden_size": 256})
+    with pytest.raises(ValueError, match="attention_block_tokens is not quantized yet"):
+        refuse_blocks({"hidden_size": 256, "attention_block_tokens": 128})

@@ -10,7 +10,15 @@ import pytest
 
 from app.config import validate
 from app.serving.config import AskConfig, DeployConfig, ServeConfig
-from app.serving.engine import Machine, context_tokens, engine_arguments, engine_environment, model_source, read_machine
+from app.serving.engine import (
+    Machine,
+    context_tokens,
+    engine_arguments,
+    engine_environment,
+    model_source,
+    read_machine,
+    refuse_untried,
+)
 
 MODEL = {"model_uri": "/somewhere/quantized", "max_model_len": 512}
 GIB = 1 << 30
@@ -126,6 +134,17 @@ def test_a_model_that_does_not_tell_its_shape_is_named(model: dict[str, Any], tm
         context_tokens(validate(ServeConfig, model))
     with pytest.raises(ValueError, match=r"kv_cache_gib: .*config.json has no 'num_attention_heads'"):
         engine_arguments(validate(ServeConfig, model), use_gpu=False, machine=LAPTOP)
+
+
+def test_chosen_blocks_are_served_on_cpus_alone(model: dict[str, Any], tmp_path: Path) -> None:
+    adapters = {"adapters": {"folder": "/adapters"}}
+    refuse_untried(validate(ServeConfig, model | adapters), use_gpu=True)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"attention_block_tokens": 128}))
+    refuse_untried(validate(ServeConfig, model), use_gpu=False)
+    with pytest.raises(ValueError, match="served on CPUs without adapters, and not with a GPU"):
+        refuse_untried(validate(ServeConfig, model), use_gpu=True)
+    with pytest.raises(ValueError, match=r"and not with adapters.folder"):
+        refuse_untried(validate(ServeConfig, model | adapters), use_gpu=False)
 
 
 def test_this_machine_has_cores_and_memory() -> None:

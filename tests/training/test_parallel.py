@@ -12,6 +12,7 @@ from app.training.config import TrainConfig
 from app.training.refusals import Devices
 
 MOE = {"architecture": "qwen3_moe", "num_experts": 4, "experts_per_token": 2, "moe_intermediate_size": 64}
+BLOCKS = {"architecture": "qwen3", "attention_block_tokens": 64, "attention_blocks": 3, "global_every": 2}
 MATRIX: dict[str, list[Any]] = {
     "zero_stage": [0, 1, 2, 3],
     "offload_optimizer": ["none", "cpu", "nvme"],
@@ -33,6 +34,7 @@ MATRIX: dict[str, list[Any]] = {
         {"num_key_value_heads": 2, "intermediate_size": 97, "num_layers": 2},
         MOE,
         {"architecture": "olmo3"},
+        BLOCKS,
     ],
 }
 DEVICES = [Devices(), *(Devices(kind, number) for kind, number in product(("cpu", "gpu"), (2, 4, 5)))]
@@ -82,6 +84,15 @@ def test_what_is_refused_has_a_nearest_plan_that_works(chosen: dict[str, Any], d
         ({"float8": "rowwise", "zero_stage": 0}, Devices("gpu", 4), {"dtype": "bfloat16", "zero_stage": 1}),
         ({"float8": "rowwise", "dtype": "bfloat16"}, Devices("gpu", 4, has_float8=False), {"float8": "none"}),
         ({"float8": "tensorwise", "model": MOE}, Devices("cpu", 4), {"float8": "none"}),
+        ({"float8": "tensorwise", "model": BLOCKS}, Devices("cpu", 4), {"float8": "none"}),
+        ({"attention": "flash_attention_2", "model": BLOCKS}, Devices("gpu", 4), {"attention": "sdpa"}),
+        (
+            {"compile": True, "document_masking": True, "model": BLOCKS},
+            Devices(),
+            {"compile": False, "document_masking": False},
+        ),
+        ({"tensor_parallel": 2, "model": BLOCKS}, Devices(), {"tensor_parallel": 1}),
+        ({"zero_stage": 1, "offload_optimizer": "cpu", "validation": "async", "model": BLOCKS}, Devices("cpu", 5), {}),
         ({"min_workers": 1, "offload_optimizer": "nvme"}, Devices("gpu", 4), {"min_workers": 0}),
         ({"sequence_parallel": 4}, Devices("gpu", 4), {}),
         ({"sequence_parallel": 3}, Devices(), {"sequence_parallel": 2}),
