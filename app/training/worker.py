@@ -24,6 +24,7 @@ from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
 from app.training.engine import build, num_matrix_parameters, whole_model
 from app.training.experts import Experts
+from app.training.families import attention_width
 from app.training.feed import Feed, Share
 from app.training.gathering import Workload
 from app.training.held_out import HeldOut, open_all
@@ -111,7 +112,8 @@ class Worker:
                 load_seconds=time.time() - built, reached=self.start.reached, last_alive=self.start.last_alive,
                 trainable_parameters=trained, all_parameters=total,
             )  # fmt: skip
-        self.experts = Experts.of(self.engine.module)
+        rate = 0.0 if self.config.adapter.rank else self.config.optimizer.router_bias_rate  # an adapter has no bias
+        self.experts = Experts.of(self.engine.module, rate)
         self.telemetry = Telemetry(self.config, self.run_uri, job["run_name"], self.journal, self.step)
         torch.distributed.barrier()
 
@@ -339,12 +341,10 @@ class Worker:
 
 def _workload(config: TrainConfig, model: Any, block_tokens: int, use_gpu: bool) -> Workload:
     shape = model.config
-    head_width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    attention_width = shape.num_attention_heads * head_width
     num_layers, kinds = shape.num_hidden_layers, getattr(shape, "layer_types", None) or []
     local = kinds.count("sliding_attention")
     seen = seen_tokens(block_tokens, num_layers, local, shape.sliding_window if local else 0)
-    per_token = flops_per_token(num_matrix_parameters(model), num_layers, attention_width, seen)
+    per_token = flops_per_token(num_matrix_parameters(model), num_layers, attention_width(shape), seen)
     return Workload(config.global_batch_sequences * block_tokens, per_token, peak_flops(use_gpu))
 
 
