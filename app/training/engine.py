@@ -15,7 +15,7 @@ import torch
 from app.training import adapter, float8, pipeline, sharing
 from app.training.config import TrainConfig
 from app.training.export import load_base
-from app.training.families import active_share, architecture, biases_of, set_biases, use_windows
+from app.training.families import active_share, architecture, biases_of, name_router, set_biases, use_windows
 from app.training.zero import deepspeed_config
 
 
@@ -116,6 +116,7 @@ def num_matrix_parameters(model: Any) -> int:
 def _pretrained(config: TrainConfig, shape: Mapping[str, int]) -> Any:
     model = load_base(config, config.attention)
     use_windows(model.config)
+    name_router(model.config)
     for name, needed, has in (
         ("vocabulary", shape["vocab_size"], model.config.vocab_size),
         ("context", shape["block_tokens"], model.config.max_position_embeddings),

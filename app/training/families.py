@@ -18,6 +18,7 @@ from app.training.config import ModelConfig, TrainConfig
 # Their routers return logits [tokens, experts], weights, and the chosen experts.
 WATCHED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
 BIAS = "e_score_correction_bias"  # buffer of a router: added to an expert's score for the choice, not for its weight
+ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # DeepSeek-V3's for vLLM; transformers has no other
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as the families call it
 
 
@@ -57,6 +58,12 @@ def use_windows(model_config: Any) -> None:
     windows = "sliding_attention" in (getattr(model_config, "layer_types", None) or ())
     if model_config.model_type == "olmo3" and windows and model_config._attn_implementation == "sdpa":
         model_config._attn_implementation = local_attention.register()
+
+
+def name_router(model_config: Any) -> None:
+    """Have the config of a DeepSeek-V3 say what its router does, where transformers has left that out."""
+    if model_config.model_type == "deepseek_v3":
+        model_config.update(ROUTER)
 
 
 def _layers(model: ModelConfig, block_tokens: int) -> dict[str, Any]:
@@ -110,8 +117,7 @@ def _experts(model: ModelConfig) -> dict[str, Any]:
         "n_group": 1,
         "topk_group": 1,
         "num_nextn_predict_layers": 0,
-        "topk_method": "noaux_tc",  # this and the next are for vLLM, which has other routers for the same weights
-        "scoring_func": "sigmoid",
+        **ROUTER,
     }
 
 
