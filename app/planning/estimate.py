@@ -85,7 +85,8 @@ def _moving(config: TrainConfig, parameters: Parameters, num_devices: int) -> fl
     size, stage, model = _element_bytes(config), config.zero_stage, config.model
     if not stage or num_devices == 1:
         return 0.0
-    layer = (parameters.attention + parameters.mlp + parameters.experts + parameters.routers) / model.num_layers
+    layer = (parameters.attention + parameters.mlp) / model.num_layers
+    layer += (parameters.experts + parameters.routers) / max(1, model.num_mixture_layers)
     largest = max(layer, parameters.embedding)
     bucket = max(model.hidden_size**2, 1_000_000)
     gathered = min(parameters.total, _LIVE_ELEMENTS + largest) if stage == 3 else 0.0
@@ -104,31 +105,62 @@ def _update(config: TrainConfig, total: int, num_devices: int) -> float:
 def activation_bytes_per_token(config: TrainConfig, shape: Shape) -> float:
     """Bytes that autograd keeps of one token until the backward pass, without the logits."""
     size, model = _element_bytes(config), config.model
-    layer = _layer_bytes(config, shape)
+    plain, mixture = (_attention_bytes(config, shape) + kept for kept in (_mlp_bytes(config), _experts_bytes(config)))
+    sparse = model.num_mixture_layers
     ends = model.hidden_size * (size + 4) + model.hidden_size * size  # final norm, and the input of the head
     if config.activation_checkpointing:
+        layer = max(plain, mixture) if 0 < sparse < model.num_layers else mixture if sparse else plain
         return size * model.num_layers * model.hidden_size + layer + ends
-    return model.num_layers * layer + ends
+    return (model.num_layers - sparse) * plain + sparse * mixture + ends
 
 
-def _layer_bytes(config: TrainConfig, shape: Shape) -> float:
-    """Of one layer: two norms with a float32 copy each, attention, and the MLP or the experts of a token."""
+def _attention_bytes(config: TrainConfig, shape: Shape) -> float:
+    """Of one layer: two norms with a float32 copy each, and attention."""
     size, model = _element_bytes(config), config.model
-    width, queries = model.hidden_size, model.num_heads * model.head_width
-    keys = model.num_key_value_heads * model.head_width
+    width = model.hidden_size
     kept = 4 if model.architecture == "olmo3" else size  # of what is normalised: it is weighted in float32
     norms = 2 * width * (4 + kept + size)  # the float32 input, the normalised, the result that the linear layers read
-    attention = float(size * (2 * queries + 2 * keys) + 4 * model.num_heads)  # q, k, v, the result, its log-sum-exp
-    attention += (_chunk_bytes(config, shape) + _choice_bytes(config, shape)) / model.num_layers
+    scores = model.num_heads * shape.block_tokens * (4 + size) if config.attention == "eager" else 0
+    scores += 4 * model.num_heads  # the log-sum-exp; of eager attention the float32 softmax and its copy
+    if model.architecture == "deepseek_v3":
+        return float(norms + scores + _latent_bytes(config))
+    queries, keys = model.num_heads * model.head_width, model.num_key_value_heads * model.head_width
+    attention = (
+        size * (2 * queries + 2 * keys)
+        + (  # q, k, v, the result
+            _chunk_bytes(config, shape) + _choice_bytes(config, shape)
+        )
+        / model.num_layers
+    )
     if model.architecture != "llama":
         attention += (queries + keys) * (4 + kept)
-    if config.attention == "eager":
-        attention += model.num_heads * shape.block_tokens * (4 + size)  # float32 softmax and its copy
-    if not model.num_experts:
-        return norms + attention + size * 4 * model.intermediate_size  # gate, its SiLU, up, their product
-    each = size * (2 * width + 4 * model.moe_intermediate_size)
+    return norms + scores + attention
+
+
+def _latent_bytes(config: TrainConfig) -> int:
+    """What multi-head latent attention keeps, by a kernel that takes values of another width than keys.
+
+    Queries, keys, the product of the latent vector that the values are a part of, the result and a copy of it in the
+    order of tokens; of the latent vectors what a norm keeps.
+    """
+    size, model, latent = _element_bytes(config), config.model, config.model.latent
+    heads = 2 * latent.head_size + latent.plain_head_size + 3 * latent.value_head_size
+    beside = latent.rope_head_size * (4 if size == 4 else 0)  # it is in one tensor with what is normalised
+    return size * model.num_heads * heads + (latent.key_value_rank + latent.query_rank) * (4 + 2 * size) + beside
+
+
+def _mlp_bytes(config: TrainConfig) -> float:
+    return float(_element_bytes(config) * 4 * config.model.intermediate_size)  # gate, its SiLU, up, their product
+
+
+def _experts_bytes(config: TrainConfig) -> float:
+    size, model = _element_bytes(config), config.model
+    each = size * (2 * model.hidden_size + 4 * model.moe_intermediate_size)
     routing = 4 * 2 * model.num_experts  # float32 probabilities, for the choice and for the balancing loss
-    return norms + attention + model.experts_per_token * each + routing
+    if model.architecture == "deepseek_v3" and size == 2:
+        routing += 4 * model.hidden_size  # its router reads a float32 copy
+    shared = size * 4 * model.moe_intermediate_size * model.num_shared_experts
+    return model.experts_per_token * each + routing + shared
 
 
 def _chunk_bytes(config: TrainConfig, shape: Shape) -> float:
@@ -168,7 +200,7 @@ def training_flops(config: TrainConfig, shape: Shape) -> float:
     model = config.model
     multiplied = count_parameters(model, shape.vocab_size).multiplied
     seen = seen_tokens(shape.block_tokens, model.num_layers, model.num_local_layers, model.local_tokens)
-    return flops_per_token(multiplied, model.num_layers, model.num_heads * model.head_width, seen)
+    return flops_per_token(multiplied, model.num_layers, model.attention_width, seen)
 
 
 def training_days(flops: float, num_devices: int, peak_flops: float, mfu: float) -> float:
@@ -192,6 +224,8 @@ def key_value_bytes_per_token(model: ModelConfig) -> int:
     >>> key_value_bytes_per_token(ModelConfig(hidden_size=4096, num_layers=32, num_heads=32, num_key_value_heads=8))
     131072
     """
+    if model.architecture == "deepseek_v3":  # what keys and values are made from
+        return 2 * model.num_layers * (model.latent.key_value_rank + model.latent.rope_head_size)
     return 2 * 2 * model.num_layers * model.num_key_value_heads * model.head_width
 
 

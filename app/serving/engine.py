@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ FULL_SEQUENCES = 16  # that fit in the cache at the model's full context, or fou
 CACHE_SHARE = 4  # at most this part of the free memory is cache, of all replicas together
 MIN_CACHE_BYTES = 256 << 20  # room for prefixes to be found again
 BLOCK_TOKENS = 128  # of vLLM's cache on a CPU
+# Of vLLM's attention on a CPU. Its kernel for latent attention is for DeepSeek's own sizes only.
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # that of DeepSeek-V3, which transformers does not name
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -54,8 +58,12 @@ def read_machine() -> Machine:
 def engine_arguments(config: ServeConfig, use_gpu: bool, machine: Machine | None = None) -> dict[str, Any]:
     """Keyword arguments of vLLM's engine; without a machine, for this one.
 
-    Raises ValueError when neither the config nor the model tells what a CPU's cache depends on.
+    Raises ValueError when neither the config nor the model tells what a CPU's cache depends on, and for a DeepSeek-V3
+    that vLLM would not compute as transformers does.
     """
+    has_latent = _has_latent_attention(config)
+    if has_latent:
+        _refuse_other_answers(config, use_gpu)
     arguments: dict[str, Any] = {
         "dtype": _dtype(config, use_gpu),
         "enforce_eager": config.enforce_eager,
@@ -78,6 +86,8 @@ def engine_arguments(config: ServeConfig, use_gpu: bool, machine: Machine | None
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * (1 << 30)) or _cache_bytes(
             config, machine or read_machine()
         )
+        if has_latent:  # vLLM 0.29's kernel turns rows as if each followed the last; here they are parts of longer ones
+            arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     return arguments
 
 
@@ -109,6 +119,8 @@ def engine_environment(config: ServeConfig, use_gpu: bool, machine: Machine | No
     variables = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if use_gpu:
         return variables
+    if _has_latent_attention(config):
+        variables["VLLM_MLA_DISABLE"] = "1"  # keys and values are cached, not what they are made from
     num_free = (machine or read_machine()).num_cores - 1
     num_threads = config.threads_per_replica or max(1, num_free // _num_engines(config))
     return variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(num_threads)}
@@ -150,10 +162,41 @@ def _token_bytes(config: ServeConfig) -> int:
         num_heads = settings["num_attention_heads"]
         width = settings.get("head_dim") or settings["hidden_size"] // num_heads
         num_key_value_heads = settings.get("num_key_value_heads") or num_heads
+        if settings.get("model_type") == "deepseek_v3":
+            width, num_key_value_heads = _latent_head_size(settings), num_heads
         elements = 2 * settings["num_hidden_layers"] * num_key_value_heads * width
     except KeyError as missing:
         raise ValueError(f"kv_cache_gib: {config.model_uri}/config.json has no {missing}; set it") from None
     return int(elements * ELEMENT_BYTES[_dtype(config, use_gpu=False)])
+
+
+def _has_latent_attention(config: ServeConfig) -> bool:
+    """Whether it is a DeepSeek-V3; one without a config.json is left to who reads it next."""
+    if not storage.exists(f"{config.model_uri}/config.json"):
+        return False
+    return _model_settings(config).get("model_type") == "deepseek_v3"
+
+
+def _latent_head_size(settings: Mapping[str, Any]) -> int:
+    return int(settings["qk_rope_head_dim"] + settings["qk_nope_head_dim"])
+
+
+def _refuse_other_answers(config: ServeConfig, use_gpu: bool) -> None:
+    settings = _model_settings(config)
+    if missing := {name: value for name, value in ROUTER.items() if settings.get(name) != value}:
+        told = " and ".join(f'"{name}": "{value}"' for name, value in missing.items())
+        raise ValueError(
+            f"model_uri: {config.model_uri}/config.json must say {told}: vLLM would send tokens to other experts than "
+            "transformers"
+        )
+    if use_gpu:
+        return
+    size, value_size = _latent_head_size(settings), settings["v_head_dim"]
+    if size not in HEAD_SIZES or value_size > size:
+        raise ValueError(
+            f"model_uri: its heads are {size} wide, their values {value_size}; vLLM's attention on a CPU takes heads "
+            f"of {', '.join(map(str, HEAD_SIZES))} and values that are no wider"
+        )
 
 
 def _model_settings(config: ServeConfig) -> dict[str, Any]:

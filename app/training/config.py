@@ -9,28 +9,63 @@ from pydantic import Field, model_validator
 
 from app.config import Config, RunConfig
 
+MIXTURES = ("qwen3_moe", "deepseek_v3")
+
+
+class LatentConfig(Config):
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, 2.1): keys and values come from one narrow
+    vector of each token, and a part of each head alone carries the position.
+    """
+
+    key_value_rank: int = Field(0, ge=0, description="width of what keys and values are made from, and of the cache")
+    query_rank: int = Field(0, ge=0, description="width of what queries are made from; 0: from the residual stream")
+    rope_head_size: int = Field(0, ge=0, multiple_of=2, description="of a query or key, the part with the position")
+    plain_head_size: int = Field(0, ge=0, description="of a query or key, the part without a position")
+    value_head_size: int = Field(0, ge=0, description="width of a head's value")
+
+    @property
+    def head_size(self) -> int:
+        """Width of a query or key."""
+        return self.rope_head_size + self.plain_head_size
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """The sizes that such attention cannot be without."""
+        return self.key_value_rank, self.rope_head_size, self.plain_head_size, self.value_head_size
+
 
 class ModelConfig(Config):
-    """A decoder of one of four families; vocabulary and context come from the tokens artifact."""
+    """A decoder of one of five families; vocabulary and context come from the tokens artifact."""
 
-    architecture: Literal["llama", "qwen3", "qwen3_moe", "olmo3"] = Field(
+    architecture: Literal["llama", "qwen3", "qwen3_moe", "deepseek_v3", "olmo3"] = Field(
         "llama",
         description="qwen3: queries and keys are normalised, layers may see chosen blocks only; qwen3_moe: a mixture "
-        "of experts in every layer; olmo3: layers may see a window only",
+        "of experts in every layer; deepseek_v3: one with shared experts, a bias that evens out the load and latent "
+        "attention; olmo3: layers may see a window only",
     )
     hidden_size: int = Field(256, ge=32, description="width of the residual stream")
-    intermediate_size: int = Field(768, ge=32, description="width of the SwiGLU layer; qwen3_moe does not use it")
+    intermediate_size: int = Field(768, ge=32, description="width of the SwiGLU layer of a layer without experts")
     num_layers: int = Field(6, ge=1, description="decoder layers")
     num_heads: int = Field(8, ge=1, description="query heads; vLLM on a CPU wants head size 32 or more")
-    num_key_value_heads: int = Field(4, ge=1, description="key and value heads (grouped-query attention)")
+    num_key_value_heads: int = Field(
+        4, ge=1, description="key and value heads (grouped-query attention); deepseek_v3 does not use it"
+    )
     head_size: int = Field(0, ge=0, description="width of a head; 0: hidden_size / num_heads")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary position embedding")
     tie_embeddings: bool = Field(True, description="share the input and output embedding")
-    num_experts: int = Field(0, ge=0, description="experts of a layer; for qwen3_moe")
-    experts_per_token: int = Field(0, ge=0, description="experts that a token is sent to; for qwen3_moe")
-    moe_intermediate_size: int = Field(0, ge=0, description="width of one expert's SwiGLU layer; for qwen3_moe")
-    router_aux_loss_coefficient: float = Field(1e-3, ge=0, description="weight of the loss that evens out expert load")
+    num_experts: int = Field(0, ge=0, description="experts of a layer that tokens are sent to; of a mixture")
+    experts_per_token: int = Field(0, ge=0, description="experts that a token is sent to; of a mixture")
+    moe_intermediate_size: int = Field(0, ge=0, description="width of one expert's SwiGLU layer; of a mixture")
+    router_aux_loss_coefficient: float = Field(
+        1e-3, ge=0, description="weight of the loss that evens out expert load; deepseek_v3 has a bias for that"
+    )
     norm_topk_prob: bool = Field(True, description="the weights of a token's experts sum to 1")
+    num_shared_experts: int = Field(
+        0, ge=0, description="experts beside those, that every token meets; for deepseek_v3"
+    )
+    num_dense_layers: int = Field(0, ge=0, description="first layers, without experts; for deepseek_v3")
+    routed_scaling_factor: float = Field(1.0, gt=0, description="on the weights of a token's experts; for deepseek_v3")
+    latent: LatentConfig = LatentConfig()
     sliding_window_tokens: int = Field(
         0, ge=0, description="a token sees itself and those before it, so many in all; 0: all before it. For olmo3"
     )
@@ -46,6 +81,8 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
+        if self.architecture == "deepseek_v3":  # its heads have sizes of their own, and all have keys and values
+            return self
         if (not self.head_size and self.hidden_size % self.num_heads) or self.num_heads % self.num_key_value_heads:
             raise ValueError("num_heads must divide hidden_size, and num_key_value_heads must divide num_heads")
         return self
@@ -53,15 +90,38 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _experts_belong(self) -> ModelConfig:
         sizes = (self.num_experts, self.experts_per_token, self.moe_intermediate_size)
-        if self.architecture != "qwen3_moe" and any(sizes):
+        if self.architecture not in MIXTURES and any(sizes):
             raise ValueError(
-                "num_experts, experts_per_token and moe_intermediate_size need architecture qwen3_moe "
+                f"num_experts, experts_per_token and moe_intermediate_size need architecture {' or '.join(MIXTURES)} "
                 f"(it is {self.architecture})"
             )
-        if self.architecture == "qwen3_moe" and not (all(sizes) and self.experts_per_token <= self.num_experts):
+        if self.architecture in MIXTURES and not (all(sizes) and self.experts_per_token <= self.num_experts):
             raise ValueError(
-                "architecture qwen3_moe needs num_experts, moe_intermediate_size and an experts_per_token of at most "
-                "num_experts"
+                f"architecture {self.architecture} needs num_experts, moe_intermediate_size and an experts_per_token "
+                "of at most num_experts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _latent_belongs(self) -> ModelConfig:
+        scaled, latent = self.routed_scaling_factor != 1, (*self.latent.needed, self.latent.query_rank)
+        if self.architecture != "deepseek_v3":
+            if self.num_shared_experts or self.num_dense_layers or scaled or any(latent):
+                raise ValueError(
+                    "num_shared_experts, num_dense_layers, routed_scaling_factor and latent need architecture "
+                    f"deepseek_v3 (it is {self.architecture})"
+                )
+            return self
+        if not (self.num_shared_experts and all(self.latent.needed)):
+            raise ValueError(
+                "architecture deepseek_v3 needs num_shared_experts and, of latent, key_value_rank, rope_head_size, "
+                "plain_head_size and value_head_size"
+            )
+        if self.head_size:
+            raise ValueError("head_size: deepseek_v3 takes latent.rope_head_size and the other sizes of latent")
+        if self.num_experts < 2 or self.num_dense_layers >= self.num_layers:
+            raise ValueError(
+                "architecture deepseek_v3 needs 2 num_experts or more, and num_dense_layers below num_layers"
             )
         return self
 
@@ -104,9 +164,21 @@ class ModelConfig(Config):
         return self.sliding_window_tokens
 
     @property
+    def num_mixture_layers(self) -> int:
+        """Layers with a mixture of experts."""
+        return self.num_layers - self.num_dense_layers if self.num_experts else 0
+
+    @property
     def head_width(self) -> int:
-        """Width of one attention head."""
+        """Width of one attention head, where keys and values are equally wide."""
         return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def attention_width(self) -> float:
+        """All heads together, as attention's products meet them: the mean of a key's and a value's width."""
+        if self.architecture == "deepseek_v3":
+            return self.num_heads * (self.latent.head_size + self.latent.value_head_size) / 2
+        return self.num_heads * self.head_width
 
 
 class OptimizerConfig(Config):
@@ -128,6 +200,9 @@ class OptimizerConfig(Config):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     gradient_clipping: float = Field(1.0, gt=0, description="largest global gradient norm")
+    router_bias_rate: float = Field(
+        1e-3, ge=0, description="deepseek_v3: how far a step moves each router's bias against the load; 0: not at all"
+    )
 
 
 class ReplayConfig(Config):

@@ -15,7 +15,7 @@ import torch
 from app.training import adapter, float8, pipeline, sharing
 from app.training.config import OptimizerConfig, TrainConfig
 from app.training.export import load_base
-from app.training.families import active_share, architecture, use_windows
+from app.training.families import active_share, architecture, biases_of, name_router, set_biases, use_windows
 from app.training.zero import deepspeed_config
 
 
@@ -52,8 +52,10 @@ def build(config: TrainConfig, shape: Mapping[str, int], world_size: int, use_gp
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         fused=use_gpu and config.offload_optimizer == "none",
     )
+    biases = biases_of(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=mpu)
     del keep_alive
+    set_biases(engine.module, biases)
     if mpu:
         engine.mpu = None  # DeepSpeed's checkpoints would take ranks that share tokens for tensor-parallel ones
     if config.zero_stage == 0:
@@ -115,6 +117,7 @@ def num_matrix_parameters(model: Any) -> int:
 def _pretrained(config: TrainConfig, shape: Mapping[str, int]) -> Any:
     model = load_base(config, config.attention)
     use_windows(model.config)
+    name_router(model.config)
     for name, needed, has in (
         ("vocabulary", shape["vocab_size"], model.config.vocab_size),
         ("context", shape["block_tokens"], model.config.max_position_embeddings),

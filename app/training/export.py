@@ -18,6 +18,7 @@ from app.models import TURN_END
 from app.training import adapter, checkpoint, held_out, journal, stages
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
+from app.training.families import biases_of, set_biases
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ def load_whole(run_uri: str, manifest: CheckpointManifest, config: TrainConfig) 
     with storage.local_copy(f"{run_uri}/{ARCHITECTURE}") as folder:
         model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, config.dtype))
+    set_biases(model, biases_of(model))
     if config.tensor_parallel > 1:
         weights = _joined_matrices(run_uri, manifest, model)
     elif config.pipeline_stages > 1:

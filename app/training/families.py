@@ -1,8 +1,9 @@
 """The model families: a config of ours as a transformers config, and what of a model is a mixture of experts.
 
-Llama (Touvron et al. 2023, arXiv:2302.13971), Qwen3 and Qwen3-MoE (Yang et al. 2025, arXiv:2505.09388), and Olmo 3
-(Team Olmo 2025, arXiv:2512.13961), whose layers may see a window only; a Qwen3 whose layers see chosen blocks is one of
-our own, app/block_qwen3.py. A folder in the Hugging Face layout may hold
+Llama (Touvron et al. 2023, arXiv:2302.13971), Qwen3 and Qwen3-MoE (Yang et al. 2025, arXiv:2505.09388), DeepSeek-V3
+(DeepSeek-AI 2024, arXiv:2412.19437) without its prediction of more tokens and groups of experts, and Olmo 3 (Team Olmo
+2025, arXiv:2512.13961), whose layers may see a window only; a Qwen3 whose layers see chosen blocks is one of our own,
+app/block_qwen3.py. A folder in the Hugging Face layout may hold
 others; a mixture of experts must be one whose routers experts.py can watch.
 It makes no weights; engine.py does.
 """
@@ -16,19 +17,28 @@ from app.training import local_attention
 from app.training.config import ModelConfig, TrainConfig
 from app.training.refusals import WITH_BLOCKS
 
-WATCHED = ("mixtral", "qwen2_moe", "qwen3_moe")  # their routers return logits [tokens, experts] and the chosen experts
+# Their routers return logits [tokens, experts], weights, and the chosen experts.
+WATCHED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
+BIAS = "e_score_correction_bias"  # buffer of a router: added to an expert's score for the choice, not for its weight
+ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # DeepSeek-V3's for vLLM; transformers has no other
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as the families call it
 
 
 def architecture(config: TrainConfig, shape: Mapping[str, int]) -> Any:
     """The transformers config of a fresh model; `shape` holds vocab_size, block_tokens and end_of_text_id."""
-    from transformers import LlamaConfig, Olmo3Config, Qwen3Config, Qwen3MoeConfig
+    from transformers import DeepseekV3Config, LlamaConfig, Olmo3Config, Qwen3Config, Qwen3MoeConfig
 
     from app import block_qwen3
 
     block_qwen3.register()
     model = config.model
-    families = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig, "olmo3": Olmo3Config}
+    families = {
+        "llama": LlamaConfig,
+        "qwen3": Qwen3Config,
+        "qwen3_moe": Qwen3MoeConfig,
+        "deepseek_v3": DeepseekV3Config,
+        "olmo3": Olmo3Config,
+    }
     family = block_qwen3.BlockSparseQwen3Config if model.attention_block_tokens else families[model.architecture]
     made = family(
         vocab_size=shape["vocab_size"],
@@ -36,13 +46,12 @@ def architecture(config: TrainConfig, shape: Mapping[str, int]) -> Any:
         intermediate_size=model.intermediate_size,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_width,
         max_position_embeddings=shape["block_tokens"],
         tie_word_embeddings=model.tie_embeddings,
         bos_token_id=shape["end_of_text_id"],
         eos_token_id=shape["end_of_text_id"],
         attn_implementation=config.attention,
+        **_heads(model),
         **_layers(model, shape["block_tokens"]),
         **_experts(model),
     )
@@ -55,6 +64,12 @@ def use_windows(model_config: Any) -> None:
     windows = "sliding_attention" in (getattr(model_config, "layer_types", None) or ())
     if model_config.model_type == "olmo3" and windows and model_config._attn_implementation == "sdpa":
         model_config._attn_implementation = local_attention.register()
+
+
+def name_router(model_config: Any) -> None:
+    """Have the config of a DeepSeek-V3 say what its router does, where transformers has left that out."""
+    if model_config.model_type == "deepseek_v3":
+        model_config.update(ROUTER)
 
 
 def _layers(model: ModelConfig, block_tokens: int) -> dict[str, Any]:
@@ -87,21 +102,66 @@ def local_layers(model_config: Any) -> tuple[int, float]:
     return local, model_config.sliding_window if local else 0
 
 
+def _heads(model: ModelConfig) -> dict[str, Any]:
+    """The sizes of attention."""
+    if model.architecture != "deepseek_v3":
+        return {"num_key_value_heads": model.num_key_value_heads, "head_dim": model.head_width}
+    latent = model.latent
+    return {
+        "num_key_value_heads": model.num_heads,
+        "q_lora_rank": latent.query_rank or None,
+        "kv_lora_rank": latent.key_value_rank,
+        "qk_rope_head_dim": latent.rope_head_size,
+        "qk_nope_head_dim": latent.plain_head_size,
+        "v_head_dim": latent.value_head_size,
+    }
+
+
 def _experts(model: ModelConfig) -> dict[str, Any]:
     if not model.num_experts:
         return {}
-    return {
-        "num_experts": model.num_experts,
+    routing = {
         "num_experts_per_tok": model.experts_per_token,
         "moe_intermediate_size": model.moe_intermediate_size,
-        "router_aux_loss_coef": model.router_aux_loss_coefficient,
         "norm_topk_prob": model.norm_topk_prob,
+    }
+    if model.architecture != "deepseek_v3":
+        watched = {"num_experts": model.num_experts, "router_aux_loss_coef": model.router_aux_loss_coefficient}
+        return routing | watched
+    return routing | {
+        "n_routed_experts": model.num_experts,
+        "n_shared_experts": model.num_shared_experts,
+        "first_k_dense_replace": model.num_dense_layers,
+        "routed_scaling_factor": model.routed_scaling_factor,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,
+        **ROUTER,
     }
 
 
 def num_experts(model_config: Any) -> int:
     """Experts of a layer of a transformers model; 0 for a dense one."""
     return max(int(getattr(model_config, name, 0) or 0) for name in _NUM_EXPERTS)
+
+
+def biases_of(model: Any) -> dict[str, Any]:
+    """The biases of a model's routers in float32, by name; {} where it has none."""
+    return {name: buffer.float() for name, buffer in model.named_buffers() if name.endswith(BIAS)}
+
+
+def set_biases(model: Any, biases: Mapping[str, Any]) -> None:
+    """Put them in as they are, whatever the model computes in: a step moves them by less than bfloat16 can tell."""
+    for name, bias in biases.items():
+        setattr(model.get_submodule(name.rpartition(".")[0]), BIAS, bias.to(model.device))
+
+
+def attention_width(model_config: Any) -> float:
+    """Of a transformers model, what `ModelConfig.attention_width` is of a config of ours."""
+    heads = model_config.num_attention_heads
+    if model_config.model_type == "deepseek_v3":
+        return float(heads * (model_config.qk_head_dim + model_config.v_head_dim) / 2)
+    return float(heads * (getattr(model_config, "head_dim", None) or model_config.hidden_size // heads))
 
 
 def refuse_unwatched(settings: Mapping[str, Any]) -> None:

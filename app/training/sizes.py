@@ -21,7 +21,7 @@ class Parameters:
     embedding: int
     head: int
     attention: int
-    mlp: int
+    mlp: int  # with experts that every token meets
     experts: int
     active_experts: int  # of `experts`, those that one token is sent to
     routers: int
@@ -53,20 +53,36 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> Parameters:
     >>> count_parameters(llama_2_7b, 32_000).total
     6738415616
     """
-    width, layers = model.hidden_size, model.num_layers
-    queries, keys = model.num_heads * model.head_width, model.num_key_value_heads * model.head_width
+    width, layers, sparse = model.hidden_size, model.num_layers, model.num_mixture_layers
     one_expert = 3 * width * model.moe_intermediate_size  # gate, up and down
-    head_norms = {"llama": 0, "olmo3": queries + keys}.get(model.architecture, 2 * model.head_width)
+    attention, head_norms = _latent_attention(model) if model.architecture == "deepseek_v3" else _attention(model)
     return Parameters(
         embedding=vocab_size * width,
         head=0 if model.tie_embeddings else vocab_size * width,
-        attention=layers * 2 * width * (queries + keys),
-        mlp=0 if model.num_experts else layers * 3 * width * model.intermediate_size,
-        experts=layers * model.num_experts * one_expert,
-        active_experts=layers * model.experts_per_token * one_expert,
-        routers=layers * model.num_experts * width,
+        attention=layers * attention,
+        mlp=(layers - sparse) * 3 * width * model.intermediate_size + sparse * model.num_shared_experts * one_expert,
+        experts=sparse * model.num_experts * one_expert,
+        active_experts=sparse * model.experts_per_token * one_expert,
+        routers=sparse * model.num_experts * width,
         norms=layers * (2 * width + head_norms) + width,
     )
+
+
+def _attention(model: ModelConfig) -> tuple[int, int]:
+    """Of one layer: its matrices, and the norms in it."""
+    queries, keys = model.num_heads * model.head_width, model.num_key_value_heads * model.head_width
+    norms = {"llama": 0, "olmo3": queries + keys}.get(model.architecture, 2 * model.head_width)
+    return 2 * model.hidden_size * (queries + keys), norms
+
+
+def _latent_attention(model: ModelConfig) -> tuple[int, int]:
+    """The same of multi-head latent attention: down and up again for keys with values, and for queries if they have."""
+    width, heads, latent = model.hidden_size, model.num_heads, model.latent
+    queries = heads * latent.head_size
+    down = width * (latent.key_value_rank + latent.rope_head_size)
+    up = latent.key_value_rank * heads * (latent.plain_head_size + latent.value_head_size)
+    asked = latent.query_rank * (width + queries) if latent.query_rank else width * queries
+    return asked + down + up + width * heads * latent.value_head_size, latent.key_value_rank + latent.query_rank
 
 
 def stage_costs(model: ModelConfig, vocab_size: int) -> Costs:
@@ -77,10 +93,11 @@ def stage_costs(model: ModelConfig, vocab_size: int) -> Costs:
     return Costs(counted.embedding, (layers // model.num_layers,) * model.num_layers, head)
 
 
-def flops_per_token(num_multiplied_parameters: int, num_layers: int, attention_width: int, seen: float) -> float:
+def flops_per_token(num_multiplied_parameters: int, num_layers: int, attention_width: float, seen: float) -> float:
     """Forward and backward, 6 N + 12 L Q T: PaLM, appendix B (arXiv:2204.02311); recomputation is not counted.
 
-    Q is the heads' number times their width, mostly the hidden size; T is the length of a block, or its `seen_tokens`.
+    Q is the heads' number times their width (of keys and values the mean), mostly the hidden size; T is the length of
+    a block, or its `seen_tokens`.
 
     >>> flops_per_token(7_000_000, 6, 256, 1024)
     60874368.0

@@ -34,7 +34,7 @@ from app.models import END_OF_TEXT
 from app.training import checkpoint, goodput, journal, ledger, parallel, record, report, signals
 from app.training.batches import PAIRS, open_plan, read_tokens
 from app.training.config import TrainConfig
-from app.training.families import refuse_untried_with_blocks, refuse_unwatched
+from app.training.families import BIAS, refuse_untried_with_blocks, refuse_unwatched
 from app.training.layout import refuse_unshareable
 from app.training.refusals import Devices
 
@@ -299,7 +299,8 @@ def _num_parameters(model_uri: str) -> int:
     with storage.local_copy(model_uri) as folder:
         for file in sorted(Path(folder).glob("*.safetensors")):
             with safe_open(file, "np") as tensors:
-                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+                names = [name for name in tensors.keys() if not name.endswith(BIAS)]  # noqa: SIM118
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     return total
 
 

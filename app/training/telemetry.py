@@ -64,6 +64,7 @@ METRICS = {
     "expert_load_max": "tokens of the busiest expert over the mean, in the worst layer",
     "expert_load_min": "tokens of the idlest expert over the mean, in the worst layer",
     "expert_load_entropy": "entropy of the experts' load over the most that it can be, mean over layers",
+    "router_bias_max": "largest bias of a router that evens out the load of its experts, in absolute value",
     "restarts": "attempts after the first",
     "rewinds": "times that the run went back for a bad loss",
     "goodput": "time of the surviving steps over all time since the first attempt began",

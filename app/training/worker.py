@@ -24,7 +24,7 @@ from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
 from app.training.engine import build, num_matrix_parameters, whole_model
 from app.training.experts import Experts
-from app.training.families import local_layers
+from app.training.families import attention_width, local_layers
 from app.training.feed import Feed, Share
 from app.training.gathering import Workload
 from app.training.held_out import HeldOut, open_all
@@ -112,7 +112,8 @@ class Worker:
                 load_seconds=time.time() - built, reached=self.start.reached, last_alive=self.start.last_alive,
                 trainable_parameters=trained, all_parameters=total,
             )  # fmt: skip
-        self.experts = Experts.of(self.engine.module)
+        rate = 0.0 if self.config.adapter.rank else self.config.optimizer.router_bias_rate  # an adapter has no bias
+        self.experts = Experts.of(self.engine.module, rate)
         self.telemetry = Telemetry(self.config, self.run_uri, job["run_name"], self.journal, self.step)
         torch.distributed.barrier()
 
@@ -340,11 +341,9 @@ class Worker:
 
 def _workload(config: TrainConfig, model: Any, block_tokens: int, use_gpu: bool) -> Workload:
     shape = model.config
-    head_width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    attention_width = shape.num_attention_heads * head_width
     num_layers = shape.num_hidden_layers
     seen = seen_tokens(block_tokens, num_layers, *local_layers(shape))
-    per_token = flops_per_token(num_matrix_parameters(model), num_layers, attention_width, seen)
+    per_token = flops_per_token(num_matrix_parameters(model), num_layers, attention_width(shape), seen)
     return Workload(config.global_batch_sequences * block_tokens, per_token, peak_flops(use_gpu))
 
 

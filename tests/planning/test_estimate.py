@@ -42,6 +42,40 @@ QWEN3_30B_A3B = {
 QWEN3_8B = LLAMA_3_8B | {"architecture": "qwen3", "intermediate_size": 12288, "num_layers": 36}
 
 
+DEEPSEEK_V3 = {
+    "architecture": "deepseek_v3",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_layers": 61,
+    "num_heads": 128,
+    "tie_embeddings": False,
+    "num_experts": 256,
+    "experts_per_token": 8,
+    "moe_intermediate_size": 2048,
+    "num_shared_experts": 1,
+    "num_dense_layers": 3,
+    "routed_scaling_factor": 2.5,
+    "latent": {
+        "key_value_rank": 512,
+        "query_rank": 1536,
+        "rope_head_size": 64,
+        "plain_head_size": 128,
+        "value_head_size": 128,
+    },
+}
+DEEPSEEK: dict[str, Any] = {  # what of a small one has no counterpart in other families
+    "architecture": "deepseek_v3",
+    "num_shared_experts": 1,
+    "latent": {
+        "key_value_rank": 48,
+        "query_rank": 40,
+        "rope_head_size": 16,
+        "plain_head_size": 16,
+        "value_head_size": 32,
+    },
+}
+
+
 def model_of(settings: dict[str, Any]) -> ModelConfig:
     return ModelConfig.model_validate(settings)
 
@@ -57,8 +91,9 @@ def train_of(model: dict[str, Any] = LLAMA_2_7B, **settings: Any) -> TrainConfig
         (LLAMA_3_8B, 128_256, 8_030_261_248, 8_030_261_248),
         (QWEN3_8B, 151_936, 8_190_735_360, 8_190_735_360),
         (QWEN3_30B_A3B, 151_936, 30_532_122_624, 3_353_032_704),
+        (DEEPSEEK_V3, 129_280, 671_026_404_352, 37_552_282_624),
     ],
-    ids=["Llama-2-7B", "Llama-3-8B", "Qwen3-8B", "Qwen3-30B-A3B"],
+    ids=["Llama-2-7B", "Llama-3-8B", "Qwen3-8B", "Qwen3-30B-A3B", "DeepSeek-V3"],
 )
 def test_published_models(model: dict[str, Any], vocab_size: int, total: int, active: int) -> None:
     count = count_parameters(model_of(model), vocab_size)
@@ -70,7 +105,7 @@ def random_model(seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
     heads = draw.choice([1, 2, 4])
     model: dict[str, Any] = {
-        "architecture": draw.choice(["llama", "qwen3", "qwen3_moe", "olmo3"]),
+        "architecture": draw.choice(["llama", "qwen3", "qwen3_moe", "deepseek_v3", "olmo3"]),
         "hidden_size": 32 * heads,
         "intermediate_size": 32 * draw.randint(1, 5),
         "num_layers": draw.randint(1, 4),
@@ -81,7 +116,15 @@ def random_model(seed: int) -> dict[str, Any]:
     }
     if model["architecture"] == "qwen3" and draw.random() < 0.5:
         model |= {"attention_block_tokens": 8, "attention_blocks": 3}
-    if model["architecture"] == "qwen3_moe":
+    if model["architecture"] == "deepseek_v3":
+        sizes = {"key_value_rank": 48, "rope_head_size": 8, "plain_head_size": draw.choice([8, 24])}
+        model |= {
+            "head_size": 0,
+            "num_shared_experts": draw.randint(1, 2),
+            "num_dense_layers": draw.randrange(model["num_layers"]),
+            "latent": sizes | {"query_rank": draw.choice([0, 40]), "value_head_size": draw.choice([16, 32])},
+        }
+    if model["architecture"] in ("qwen3_moe", "deepseek_v3"):
         experts = draw.randint(2, 6)
         model |= {
             "num_experts": experts,
@@ -92,7 +135,7 @@ def random_model(seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_parameters_are_those_of_transformers(seed: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -117,13 +160,26 @@ def test_parameters_are_those_of_transformers(seed: int) -> None:
         {},
         {"architecture": "qwen3", "num_key_value_heads": 2},
         {"architecture": "qwen3_moe", "num_experts": 8, "experts_per_token": 2, "moe_intermediate_size": 96},
+        DEEPSEEK | {"num_experts": 8, "experts_per_token": 2, "moe_intermediate_size": 96, "num_dense_layers": 1},
+        DEEPSEEK | {"num_experts": 8, "experts_per_token": 2, "moe_intermediate_size": 96, "num_shared_experts": 2},
         {"architecture": "olmo3"},
         {"architecture": "olmo3", "sliding_window_tokens": 64, "global_every": 3},
         {"architecture": "olmo3", "sliding_window_tokens": 24},
         {"architecture": "qwen3", "attention_block_tokens": 16, "attention_blocks": 3, "global_every": 3},
         {"architecture": "qwen3", "num_key_value_heads": 2, "attention_block_tokens": 24, "attention_blocks": 2},
     ],
-    ids=["llama", "qwen3", "qwen3_moe", "olmo3", "local and global", "local", "blocks and global", "blocks"],
+    ids=[
+        "llama",
+        "qwen3",
+        "qwen3_moe",
+        "deepseek_v3",
+        "two shared",
+        "olmo3",
+        "local and global",
+        "local",
+        "blocks and global",
+        "blocks",
+    ],
 )
 def test_activations_are_what_autograd_keeps(dtype: str, family: dict[str, Any]) -> None:
     import torch
@@ -227,5 +283,6 @@ def test_time_and_storage() -> None:
     assert training_days(flops * 1e12, 1024, 312e12, 0.5) == pytest.approx(3.3, rel=0.02)
     assert [checkpoint_bytes(train_of(zero_stage=stage), 1000) for stage in (1, 2, 3)] == [14_000, 14_000, 12_000]
     assert key_value_bytes_per_token(model_of(LLAMA_2_7B)) == 512 * 1024
+    assert key_value_bytes_per_token(model_of(DEEPSEEK_V3)) == 2 * 61 * 576
     assert serving_bytes(model_of(LLAMA_2_7B), 32_000, quantized=False) == 2 * 6_738_415_616
     assert 3.5e9 < serving_bytes(model_of(LLAMA_2_7B), 32_000, quantized=True) < 4.0e9

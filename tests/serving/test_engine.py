@@ -147,6 +147,46 @@ def test_chosen_blocks_are_served_on_cpus_alone(model: dict[str, Any], tmp_path:
         refuse_untried(validate(ServeConfig, model | adapters), use_gpu=False)
 
 
+LATENT = SHAPE | {
+    "model_type": "deepseek_v3",
+    "max_position_embeddings": 12_800,
+    "head_dim": 16,  # transformers writes the rotary part here
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 48,
+    "v_head_dim": 32,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
+
+
+def test_latent_attention_on_a_cpu_is_computed_as_plain_attention(model: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LATENT))
+    config = validate(ServeConfig, model)
+    found = engine_arguments(config, use_gpu=False, machine=LAPTOP)
+    assert found["kv_cache_memory_bytes"] == (16 * 100 + 1) * 128 * (2 * 4 * 8 * 64 * 4)
+    assert found["compilation_config"] == {"custom_ops": ["-rotary_embedding"]}
+    assert engine_environment(config, use_gpu=False, machine=LAPTOP)["VLLM_MLA_DISABLE"] == "1"
+    assert "compilation_config" not in engine_arguments(config, use_gpu=True)
+    assert "VLLM_MLA_DISABLE" not in engine_environment(config, use_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "use_gpu", "said"),
+    [
+        ({"topk_method": None}, True, 'must say "topk_method": "noaux_tc": vLLM would send tokens to other experts'),
+        ({"scoring_func": "softmax"}, False, 'must say "scoring_func": "sigmoid"'),
+        ({"qk_nope_head_dim": 32}, False, "its heads are 48 wide, their values 32; vLLM's attention on a CPU takes"),
+        ({"v_head_dim": 96}, False, "its heads are 64 wide, their values 96"),
+    ],
+)
+def test_a_deepseek_that_would_answer_otherwise_is_refused(
+    model: dict[str, Any], tmp_path: Path, change: dict[str, Any], use_gpu: bool, said: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LATENT | change))
+    with pytest.raises(ValueError, match=said):
+        engine_arguments(validate(ServeConfig, model), use_gpu, machine=LAPTOP)
+
+
 def test_this_machine_has_cores_and_memory() -> None:
     found = read_machine()
     assert 1 <= found.num_cores <= len(os.sched_getaffinity(0))

@@ -11,8 +11,8 @@ import torch
 
 from app.training.config import ModelConfig, TrainConfig
 from app.training.engine import num_matrix_parameters
-from app.training.experts import Experts, balance, load_values
-from app.training.families import architecture, refuse_unwatched
+from app.training.experts import Experts, balance, count_tokens, load_values, move_biases
+from app.training.families import architecture, attention_width, refuse_unwatched
 
 MOE: dict[str, Any] = {
     "architecture": "qwen3_moe",
@@ -23,6 +23,12 @@ MOE: dict[str, Any] = {
     "num_experts": 4,
     "experts_per_token": 2,
     "moe_intermediate_size": 32,
+}
+DEEPSEEK: dict[str, Any] = MOE | {
+    "architecture": "deepseek_v3",
+    "num_shared_experts": 1,
+    "num_dense_layers": 1,
+    "latent": {"key_value_rank": 32, "rope_head_size": 16, "plain_head_size": 16, "value_head_size": 32},
 }
 SHAPE = {"vocab_size": 50, "block_tokens": 16, "end_of_text_id": 0}
 
@@ -51,11 +57,12 @@ def test_balance_by_hand() -> None:
     """Two experts, one choice: shares of 3/4 and 1/4, probabilities of 0.8 and 0.2; the fifth token does not count."""
     logits = torch.tensor([[0.8, 0.2]] * 4 + [[0.01, 0.99]]).log()
     chosen = torch.tensor([[0], [0], [0], [1], [1]])
-    loss, load = balance(logits, chosen, torch.tensor([True] * 4 + [False]))
-    assert float(loss) == pytest.approx(2 * (0.75 * 0.8 + 0.25 * 0.2))
+    is_counted = torch.tensor([True] * 4 + [False])
+    load = count_tokens(chosen, is_counted, 2)
     assert load.tolist() == [3, 1]
-    nothing, none = balance(logits, chosen, torch.zeros(5, dtype=torch.bool))
-    assert (float(nothing), none.tolist()) == (0, [0, 0])
+    assert float(balance(logits, load, is_counted)) == pytest.approx(2 * (0.75 * 0.8 + 0.25 * 0.2))
+    none = count_tokens(chosen, torch.zeros(5, dtype=torch.bool), 2)
+    assert (none.tolist(), float(balance(logits, none, torch.zeros(5, dtype=torch.bool)))) == ([0, 0], 0)
 
 
 def test_load_values() -> None:
@@ -129,10 +136,59 @@ def test_the_loss_evens_out_the_load(alone: None) -> None:
     assert seen[-1] > max(0.97, seen[0])
 
 
+def test_a_bias_moves_against_the_load_by_hand() -> None:
+    """A mean of 5 in both layers; what has it exactly stays."""
+    biases = [torch.tensor([0.5, 0.0, 0.0]), torch.zeros(3)]
+    move_biases(biases, np.array([[9.0, 5.0, 1.0], [4.0, 4.0, 7.0]]), 0.25)
+    assert [bias.tolist() for bias in biases] == [[0.25, 0.0, 0.25], [0.25, 0.25, -0.25]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0.0, 0.005])
+def test_the_bias_evens_out_the_load(alone: None, rate: float) -> None:
+    """Of a router that prefers one expert; without a step of the bias it stays so. An evaluation moves nothing."""
+    model, ids = model_of(**DEEPSEEK), batch(32)
+    experts = Experts.of(model, rate)
+    assert experts is not None
+    router = model.model.layers[1].mlp.gate
+    hidden: list[torch.Tensor] = []
+    router.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    with torch.no_grad():
+        model(input_ids=ids)
+        mean = hidden[0].reshape(-1, 64).mean(0)
+        router.weight[0] += 2 * mean / mean.norm() ** 2
+    seen = []
+    for _ in range(60):
+        with torch.no_grad():
+            model(input_ids=ids)
+        loss = model(input_ids=ids, labels=ids).loss
+        assert experts.balanced(loss, ids) == loss
+        values, shares = experts.values()
+        assert "balance_loss" not in values
+        seen.append(float(shares[0].max()))
+    assert seen[0] > 0.4  # of two choices a token, half at most
+    assert seen[-1] == pytest.approx(0.25, abs=0.03) if rate else seen[-1] == seen[0]
+    assert (router.e_score_correction_bias[0] < -0.1) == bool(rate)
+    assert values["router_bias_max"] == pytest.approx(float(router.e_score_correction_bias.abs().max()), abs=0.05)
+
+
 @pytest.mark.slow
 def test_a_dense_model_is_not_watched() -> None:
     dense = model_of(architecture="qwen3", num_experts=0, experts_per_token=0, moe_intermediate_size=0)
     assert Experts.of(dense) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("query_rank", [0, 24])
+def test_attention_is_as_wide_as_its_products(query_rank: int) -> None:
+    """Keys of 32 and values of 64, by two heads; of our config and of transformers'."""
+    latent = DEEPSEEK["latent"] | {"query_rank": query_rank, "value_head_size": 64}
+    model = ModelConfig.model_validate(DEEPSEEK | {"latent": latent})
+    made = architecture(TrainConfig(model=model), SHAPE)
+    assert model.attention_width == attention_width(made) == 2 * (32 + 64) / 2
+    assert made.q_lora_rank == (query_rank or None)
+    dense = ModelConfig.model_validate({"head_size": 48})
+    assert dense.attention_width == attention_width(architecture(TrainConfig(model=dense), SHAPE)) == 8 * 48
 
 
 @pytest.mark.slow
@@ -169,9 +225,16 @@ def test_the_config_of_a_llama_is_what_it_was() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_experts": 4}, "need architecture qwen3_moe"),
+        ({"num_experts": 4}, "need architecture qwen3_moe or deepseek_v3"),
         ({"architecture": "qwen3_moe"}, "qwen3_moe needs num_experts"),
         (MOE | {"experts_per_token": 5}, "an experts_per_token of at most num_experts"),
+        (MOE | {"num_shared_experts": 1}, "num_shared_experts, .* need architecture deepseek_v3"),
+        ({"latent": {"query_rank": 8}}, "and latent need architecture deepseek_v3"),
+        (MOE | {"architecture": "deepseek_v3"}, "deepseek_v3 needs num_shared_experts and, of latent, key_value_rank"),
+        (DEEPSEEK | {"head_size": 32}, "head_size: deepseek_v3 takes latent.rope_head_size"),
+        (DEEPSEEK | {"num_dense_layers": 2}, "num_dense_layers below num_layers"),
+        (DEEPSEEK | {"latent": DEEPSEEK["latent"] | {"rope_head_size": 15}}, "multiple of 2"),
+        (DEEPSEEK | {"num_experts": 1, "experts_per_token": 1}, "2 num_experts or more"),
     ],
 )
 def test_families_refuse_each_others_settings(changes: dict[str, Any], said: str) -> None:
@@ -182,6 +245,6 @@ def test_families_refuse_each_others_settings(changes: dict[str, Any], said: str
 def test_a_mixture_that_nobody_evens_out_is_refused() -> None:
     refuse_unwatched({"model_type": "llama"})
     refuse_unwatched({"model_type": "qwen3_moe", "num_experts": 128})
-    with pytest.raises(ValueError, match="of type deepseek_v3 is not supported; mixtral"):
-        refuse_unwatched({"model_type": "deepseek_v3", "n_routed_experts": 256})
+    with pytest.raises(ValueError, match="of type deepseek_v2 is not supported; mixtral"):
+        refuse_unwatched({"model_type": "deepseek_v2", "n_routed_experts": 64})
     assert math.isclose(load_values(np.full((1, 8), 1 / 8))["expert_load_entropy"], 1)

@@ -13,6 +13,11 @@ from app.training.refusals import Devices
 
 MOE = {"architecture": "qwen3_moe", "num_experts": 4, "experts_per_token": 2, "moe_intermediate_size": 64}
 BLOCKS = {"architecture": "qwen3", "attention_block_tokens": 64, "attention_blocks": 3, "global_every": 2}
+DEEPSEEK = MOE | {
+    "architecture": "deepseek_v3",
+    "num_shared_experts": 1,
+    "latent": {"key_value_rank": 32, "rope_head_size": 16, "plain_head_size": 16, "value_head_size": 32},
+}
 MATRIX: dict[str, list[Any]] = {
     "zero_stage": [0, 1, 2, 3],
     "offload_optimizer": ["none", "cpu", "nvme"],
@@ -33,6 +38,7 @@ MATRIX: dict[str, list[Any]] = {
         {"architecture": "qwen3"},
         {"num_key_value_heads": 2, "intermediate_size": 97, "num_layers": 2},
         MOE,
+        DEEPSEEK,
         {"architecture": "olmo3"},
         BLOCKS,
     ],
@@ -93,6 +99,10 @@ def test_what_is_refused_has_a_nearest_plan_that_works(chosen: dict[str, Any], d
         ),
         ({"tensor_parallel": 2, "model": BLOCKS}, Devices(), {"tensor_parallel": 1}),
         ({"zero_stage": 1, "offload_optimizer": "cpu", "validation": "async", "model": BLOCKS}, Devices("cpu", 5), {}),
+        ({"float8": "tensorwise", "model": DEEPSEEK}, Devices("cpu", 4), {"float8": "none"}),
+        ({"zero_stage": 2, "tensor_parallel": 2, "model": DEEPSEEK}, Devices(), {"tensor_parallel": 1}),
+        ({"zero_stage": 1, "pipeline_stages": 2, "model": DEEPSEEK}, Devices(), {"pipeline_stages": 1}),
+        ({"sequence_parallel": 2, "model": DEEPSEEK}, Devices(), {"sequence_parallel": 1}),
         ({"min_workers": 1, "offload_optimizer": "nvme"}, Devices("gpu", 4), {"min_workers": 0}),
         ({"sequence_parallel": 4}, Devices("gpu", 4), {}),
         ({"sequence_parallel": 3}, Devices(), {"sequence_parallel": 2}),
