@@ -147,6 +147,7 @@ def test_the_endpoint_serves_it(cluster: LocalCluster, folder: Path) -> None:
     document["applications"][0]["args"] |= {"adapters": {"folder": ""}}
     (folder / "serve.yaml").write_text(yaml.safe_dump(document))
     settings = {"model_uri": str(folder), "serve_config": str(folder / "serve.yaml"), "port": cluster.endpoint_port}
+    settings |= {"timeout_seconds": 600}
     stage.run(DeployConfig.model_validate(settings | {"storage_uri": str(folder.parent / "deployed")}))
     try:
         with openai.OpenAI(timeout=60, max_retries=0) as client:  # address and key from the cluster's environment
