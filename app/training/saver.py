@@ -103,6 +103,7 @@ def load(engine: Any, run_uri: str, manifest: CheckpointManifest) -> None:
         _convert(f"{root}/{manifest.name}", f"{root}/{name}")
     torch.distributed.barrier()
     _load(engine, root, name, is_universal=True)
+    _load_buffers(engine.module, f"{root}/{manifest.name}")
     torch.distributed.barrier()
     if engine.global_rank == 0:
         storage.delete(f"{root}/{name}")
@@ -118,6 +119,15 @@ def _load(engine: Any, root: str, name: str, is_universal: bool) -> None:
         raise ValueError(f"{root}/{name}: cannot be resumed from; delete it to use the one before")
     if is_universal:
         _separate_groups(engine.optimizer, groups)
+
+
+def _load_buffers(module: torch.nn.Module, uri: str) -> None:
+    """What of a model is no parameter, as the bias of a router: a universal checkpoint has none of it."""
+    with storage.open_file(storage.list_files(uri, "model_states.pt")[0]) as file:
+        saved = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    for name, buffer in module.named_buffers():
+        if name in saved:
+            buffer.copy_(saved[name])
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
