@@ -36,14 +36,14 @@ API_KEY_VARIABLE = "ZERO_TO_ONE_API_KEY"
 START_SECONDS = 90
 STOP_SECONDS = 30
 # Of processes that run tasks: large arrays go back to the system as soon as they are freed (glibc would raise the size
-# from which they do with each one, Arrow's allocator keep what it had), and results go through Ray's store, however
-# small: else driver and receivers hold them, and there are the more small ones the larger a corpus is.
+# from which they do with each one, Arrow's allocator keep what it had), and results above 4 KB go through Ray's store
+# (not above 100): the driver would hold the others, and there are the more small ones the larger a corpus is.
 _LEAN = {
     "env_vars": {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(256 * 1024),
         "ARROW_DEFAULT_MEMORY_POOL": "system",
-        "RAY_max_direct_call_object_size": "0",
+        "RAY_max_direct_call_object_size": "4096",
     }
 }
 # Without the second, Ray turns --node-ip-address=127.0.0.1 into the machine's outer address and listens there; a client

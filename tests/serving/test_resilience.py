@@ -264,7 +264,8 @@ async def load(url: str, headers: dict[str, str], target: psutil.Process) -> lis
         body = {"model": MODEL, "prompt": "孔明", "max_tokens": 64, "ignore_eos": True, "stream": is_stream}
         while not is_over.is_set():
             async with web.stream("POST", "/v1/completions", json=body) as reply:
-                lines = [line async for line in reply.aiter_lines() if line]
+                text = (await reply.aread()).decode()
+            lines = [line for line in text.split("\n") if line]  # aiter_lines would also end one within a token's text
             outcomes.append(ending(reply.status_code, lines, is_stream))
 
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as web:
