@@ -18,6 +18,7 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 SCORING_SEQUENCES = 16
 SCORING_LOGITS = 1 << 28  # of a batch at most, 1 GiB in float32: vocabularies and contexts multiply
+DEEPSEEK_ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # vLLM asks for it; transformers has no other
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING, TURN_START, TURN_END)
 
 # ChatML (https://github.com/openai/openai-python/blob/release-v0.28.1/chatml.md); tools and calls of them as JSON

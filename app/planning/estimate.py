@@ -125,13 +125,8 @@ def _attention_bytes(config: TrainConfig, shape: Shape) -> float:
     if model.architecture == "deepseek_v3":
         return float(norms + scores + _latent_bytes(config))
     queries, keys = model.num_heads * model.head_width, model.num_key_value_heads * model.head_width
-    attention = (
-        size * (2 * queries + 2 * keys)
-        + (  # q, k, v, the result
-            _chunk_bytes(config, shape) + _choice_bytes(config, shape)
-        )
-        / model.num_layers
-    )
+    attention = float(size * (2 * queries + 2 * keys))  # q, k, v, the result
+    attention += (_chunk_bytes(config, shape) + _choice_bytes(config, shape)) / model.num_layers
     if model.architecture != "llama":
         attention += (queries + keys) * (4 + kept)
     return norms + scores + attention

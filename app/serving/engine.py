@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app import storage
+from app.models import DEEPSEEK_ROUTER
 from app.serving.config import ServeConfig
 
 CPU_SEQUENCES = 64  # computed together; more share the same arithmetic, and each token of all takes longer
@@ -25,7 +26,6 @@ MIN_CACHE_BYTES = 256 << 20  # room for prefixes to be found again
 BLOCK_TOKENS = 128  # of vLLM's cache on a CPU
 # Of vLLM's attention on a CPU. Its kernel for latent attention is for DeepSeek's own sizes only.
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # that of DeepSeek-V3, which transformers does not name
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -183,7 +183,7 @@ def _latent_head_size(settings: Mapping[str, Any]) -> int:
 
 def _refuse_other_answers(config: ServeConfig, use_gpu: bool) -> None:
     settings = _model_settings(config)
-    if missing := {name: value for name, value in ROUTER.items() if settings.get(name) != value}:
+    if missing := {name: value for name, value in DEEPSEEK_ROUTER.items() if settings.get(name) != value}:
         told = " and ".join(f'"{name}": "{value}"' for name, value in missing.items())
         raise ValueError(
             f"model_uri: {config.model_uri}/config.json must say {told}: vLLM would send tokens to other experts than "

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from app.models import DEEPSEEK_ROUTER
 from app.training import local_attention
 from app.training.config import ModelConfig, TrainConfig
 from app.training.refusals import WITH_BLOCKS
@@ -20,7 +21,6 @@ from app.training.refusals import WITH_BLOCKS
 # Their routers return logits [tokens, experts], weights, and the chosen experts.
 WATCHED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
 BIAS = "e_score_correction_bias"  # buffer of a router: added to an expert's score for the choice, not for its weight
-ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # DeepSeek-V3's for vLLM; transformers has no other
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as the families call it
 
 
@@ -69,7 +69,7 @@ def use_windows(model_config: Any) -> None:
 def name_router(model_config: Any) -> None:
     """Have the config of a DeepSeek-V3 say what its router does, where transformers has left that out."""
     if model_config.model_type == "deepseek_v3":
-        model_config.update(ROUTER)
+        model_config.update(DEEPSEEK_ROUTER)
 
 
 def _layers(model: ModelConfig, block_tokens: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _experts(model: ModelConfig) -> dict[str, Any]:
         "n_group": 1,
         "topk_group": 1,
         "num_nextn_predict_layers": 0,
-        **ROUTER,
+        **DEEPSEEK_ROUTER,
     }
 
 

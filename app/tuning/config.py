@@ -108,6 +108,10 @@ class TuneConfig(RunConfig):
     def _refuse_narrow(self) -> None:
         """Raise ValueError where a narrow model would not stand for the wide one."""
         wide = self.train.model
+        if wide.architecture == "deepseek_v3":
+            raise ValueError(
+                "times_narrower: not with train.model.architecture deepseek_v3, whose latent sizes would stay"
+            )
         if self.train.init_from_uri or self.train.optimizer.found_at_hidden_size:
             raise ValueError(
                 "times_narrower: trials train fresh models and find the learning rate themselves; leave "

@@ -47,6 +47,16 @@ def finish(job: subprocess.Popen[str]) -> str:
     return said
 
 
+def kill_and_submit_again(root: Path, inputs: Path, cluster: LocalCluster, **changes: Any) -> None:
+    """SIGKILL for the job after a checkpoint of step 10 or later, then the same job until it ends."""
+    first = start(root, inputs, cluster, **changes)
+    wait_for_checkpoint(root, first, 10)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (root / "model" / "manifest.json").exists()
+    assert "resuming after step" in finish(start(root, inputs, cluster, **changes))
+
+
 def assert_equal_runs(one: Path, other: Path) -> None:
     assert trajectory(one) == trajectory(other)
     assert (one / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()

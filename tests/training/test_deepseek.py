@@ -1,7 +1,5 @@
 """DeepSeek's mixture on two workers under ZeRO-3: its bias evens out the load, resumes bit for bit, and is exported."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from app.artifacts import read_manifest
 from app.cluster import LocalCluster
 from app.training import checkpoint, export, stage
 from app.training.config import TrainConfig
-from tests.training.runs import assert_equal_runs, finish, start, wait_for_checkpoint
+from tests.training.runs import assert_equal_runs, kill_and_submit_again
 from tests.training.tiny import SETTINGS, config_of, log_of, write_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -115,12 +113,7 @@ def test_the_bias_is_exported_and_scores_what_the_trainer_reported(trained: Path
 
 
 def test_a_killed_job_submitted_again_changes_nothing(trained: Path, cluster: LocalCluster, tmp_path: Path) -> None:
-    first = start(tmp_path, trained, cluster, **CHANGES)
-    wait_for_checkpoint(tmp_path, first, 10)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    assert not (tmp_path / "model" / "manifest.json").exists()
-    assert "resuming after step" in finish(start(tmp_path, trained, cluster, **CHANGES))
+    kill_and_submit_again(tmp_path, trained, cluster, **CHANGES)
     assert_equal_runs(tmp_path, trained)
     assert biases_in(tmp_path) == biases_in(trained)
 

@@ -1,8 +1,6 @@
 """A mixture of experts on two workers under ZeRO-3 learns, resumes bit for bit and is exported as it was trained."""
 
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from app.planning.estimate import Shape, checkpoint_bytes, memory_of
 from app.training import checkpoint, journal, stage
 from app.training.config import TrainConfig
 from app.training.sizes import count_parameters
-from tests.training.runs import assert_equal_runs, finish, start, wait_for_checkpoint
+from tests.training.runs import assert_equal_runs, kill_and_submit_again
 from tests.training.tiny import BLOCK_TOKENS, HELD_OUT_BYTES, SETTINGS, VOCAB_SIZE, config_of, log_of, write_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -91,12 +89,7 @@ def test_its_checkpoint_is_as_large_as_planned(trained: Path) -> None:
 
 
 def test_a_killed_job_submitted_again_changes_nothing(trained: Path, cluster: LocalCluster, tmp_path: Path) -> None:
-    first = start(tmp_path, trained, cluster, **CHANGES)
-    wait_for_checkpoint(tmp_path, first, 10)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    assert not (tmp_path / "model" / "manifest.json").exists()
-    assert "resuming after step" in finish(start(tmp_path, trained, cluster, **CHANGES))
+    kill_and_submit_again(tmp_path, trained, cluster, **CHANGES)
     assert_equal_runs(tmp_path, trained)
     assert [line["expert_load_max"] for line in log_of(tmp_path)] == [
         line["expert_load_max"] for line in log_of(trained)

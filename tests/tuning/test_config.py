@@ -7,6 +7,15 @@ from app.tuning.config import TuneConfig
 
 SPACE = {"optimizer.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
 
+DEEPSEEK = {
+    "architecture": "deepseek_v3",
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "latent": {"key_value_rank": 32, "rope_head_size": 16, "plain_head_size": 16, "value_head_size": 32},
+}
+
 
 def config(**changes: Any) -> TuneConfig:
     return validate(TuneConfig, {"storage_uri": "/runs", "space": SPACE, **changes})
@@ -58,6 +67,7 @@ def test_asha_knows_the_longest_trial() -> None:
         ({"scheduler": "pbt", "pbt": {"interval_steps": 70}}, r"pbt\.interval_steps \(70\) must be a multiple"),
         ({"times_narrower": 3}, r"times_narrower \(3\) must divide train\.model\.hidden_size"),
         ({"times_narrower": 2, "space": {"model.num_heads": {"choice": [8]}}}, r"space\.model\.num_heads: .* sets it"),
+        ({"times_narrower": 2, "train": {"model": DEEPSEEK}}, r"times_narrower: not with .* deepseek_v3"),
         ({"times_narrower": 2, "train": {"init_from_uri": "/m"}}, r"times_narrower: trials train fresh models"),
         ({"train": {"num_stps": 4}}, r"train\.num_stps: unknown key; did you mean train\.num_steps\?"),
     ],
