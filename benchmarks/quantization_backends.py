@@ -21,6 +21,7 @@ from pathlib import Path
 from competitors import random_models, smollm2
 
 from app import overlays
+from app.cluster import KEEP_FREED_MEMORY
 from app.quantization.stage import OVERLAYS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +69,8 @@ def compare(folder: Path, group_size: int, num_windows: int, runs: int) -> float
 def run(backend: str, folder: Path, group_size: int, num_windows: int) -> dict[str, float]:
     """One process; its figures."""
     path = overlays.python_path(OVERLAYS[backend], backend)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([path, str(ROOT)]), "TQDM_DISABLE": "1"}
+    quiet = {"TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join([path, str(ROOT)])}
+    environment = os.environ | quiet | KEEP_FREED_MEMORY
     sizes = ["--group_sizes", str(group_size), "--windows", str(num_windows)]
     command = [sys.executable, __file__, *sizes, "--child", backend, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

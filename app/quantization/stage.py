@@ -50,8 +50,9 @@ def run(config: QuantizeConfig) -> Manifest:
     clear(uri)
     cluster.connect()
     logger.info("quantizing %s by %s, group size %d", model.uri, config.backend, config.group_size)
+    quiet = {"TQDM_DISABLE": "1"}  # else a bar for each layer and step
     task = ray.remote(_quantize).options(
-        runtime_env={"env_vars": {"PYTHONPATH": path, "TQDM_DISABLE": "1"}},  # else a bar for each layer and step
+        runtime_env={"env_vars": {"PYTHONPATH": path, **quiet, **cluster.KEEP_FREED_MEMORY}},
         num_cpus=config.num_cpus,
         num_gpus=1 if cluster.has_gpu() else 0,
     )

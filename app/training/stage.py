@@ -44,12 +44,7 @@ CPU_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "LOCAL_SIZE": "1",  # the number of devices; unset, DeepSpeed runs numactl several times a step
     "OMP_NUM_THREADS": "1",
-    # By default glibc gives the memory of large tensors back to the kernel, which clears it again a moment later: a
-    # twentieth of a step. Its arenas of other threads than the first, and Ray Train's loop runs in one, do so most.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-    "MALLOC_TOP_PAD_": str(1 << 26),
+    **cluster.KEEP_FREED_MEMORY,
 }
 FLOAT8 = {"float8": "torchao"}  # an overlay, and a package in it
 RECORD = "run.json"  # settings and data of the run that a folder holds
