@@ -73,17 +73,20 @@ def _states(config: TrainConfig, total: int, num_devices: int) -> tuple[float, f
     weights = size * total / (num_devices if stage == 3 else 1)
     gradients = size * total / (num_devices if stage >= 2 else 1)
     optimizer = 12 * total / num_devices if stage else 8.0 * total
+    on_host = 0.0
+    if stage == 3 and config.offload_parameters == "cpu":
+        weights, on_host = 0.0, weights
     if config.offload_optimizer == "none" or not stage:
-        return weights, gradients, optimizer, 0.0
+        return weights, gradients, optimizer, on_host
     kept = gradients if stage == 1 else 0.0  # from stage 2 on the gradients go to the host as they come
-    on_host = 4 * total / num_devices + (optimizer if config.offload_optimizer == "cpu" else 0.0)
+    on_host += 4 * total / num_devices + (optimizer if config.offload_optimizer == "cpu" else 0.0)
     return weights, kept, 0.0, on_host
 
 
 def _moving(config: TrainConfig, parameters: Parameters, num_devices: int) -> float:
     """Bytes of what is whole for a while during the forward and backward pass."""
     size, stage, model = _element_bytes(config), config.zero_stage, config.model
-    if not stage or num_devices == 1:
+    if not stage or (num_devices == 1 and config.offload_parameters == "none"):
         return 0.0
     layer = (parameters.attention + parameters.mlp) / model.num_layers
     layer += (parameters.experts + parameters.routers) / max(1, model.num_mixture_layers)

@@ -1,8 +1,8 @@
 """Which changes make a job fit its devices: all combinations of a few knobs are tried, the least costly first.
 
 The knobs are those that change how a step is computed and not what is learned: ZeRO stage, activation checkpointing,
-size of a forward pass, offloaded optimizer states, and more devices. What training refuses is not proposed.
-It changes nothing; it says what would help.
+size of a forward pass, optimizer states and parameters that are offloaded, and more devices. What training refuses is
+not proposed. It changes nothing; it says what would help.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from app.training.config import TrainConfig
 from app.training.refusals import Devices
 
 MOST_DEVICES = 4096
-_COSTS = {"zero_stage": 1.0, "micro_batch_sequences": 2.0, "activation_checkpointing": 3.0, "offload_optimizer": 8.0}
+_COSTS = {
+    "zero_stage": 1.0, "micro_batch_sequences": 2.0, "activation_checkpointing": 3.0, "offload_optimizer": 8.0,
+    "offload_parameters": 9.0,
+}  # fmt: skip
 _DEVICES_COST = 20.0  # for each doubling: nothing else costs money
 
 
@@ -89,12 +92,14 @@ def _combinations(config: TrainConfig, num_devices: int) -> Iterator[tuple[dict[
     devices = [num_devices]
     while 2 * devices[-1] <= min(MOST_DEVICES, config.global_batch_sequences):
         devices.append(2 * devices[-1])
-    for stage, size, again, where, number in product(stages, sizes, recompute, offload, devices):
+    keep = {config.offload_parameters, "cpu"}
+    for stage, size, again, where, kept, number in product(stages, sizes, recompute, offload, keep, devices):
         wanted = {
             "zero_stage": stage,
             "micro_batch_sequences": size,
             "activation_checkpointing": again,
             "offload_optimizer": where,
+            "offload_parameters": kept,
         }
         yield {key: value for key, value in wanted.items() if getattr(config, key) != value}, number
 

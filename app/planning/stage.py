@@ -95,7 +95,7 @@ def _memory_rows(config: PlanConfig, memory: estimate.Memory) -> Rows:
     rows = [("memory of a device", f"{gib(memory.device)} on {title}"), *rows]
     if memory.host:
         per_node = min(_number(config), config.devices_per_node)
-        rows.append(("memory of a host", f"{gib(memory.host * per_node)} for the states of its {per_node} devices"))
+        rows.append(("memory of a host", f"{gib(memory.host * per_node)} for what its {per_node} devices offload"))
     return rows
 
 

@@ -288,6 +288,7 @@ class TrainConfig(RunConfig):
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed ZeRO stage")
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where its states are kept")
+    offload_parameters: Literal["none", "cpu"] = Field("none", description="where ZeRO-3's shards of them are kept")
     nvme_dir: str = Field("", description="folder on a fast local disk, for offload_optimizer nvme")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 for GPUs; it is slow on most CPUs")
     float8: Literal["none", "tensorwise", "rowwise"] = Field(

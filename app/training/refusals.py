@@ -40,19 +40,28 @@ Rule = Callable[[TrainConfig, Devices], Refusal | None]
 
 
 def _offload_without_zero(config: TrainConfig, devices: Devices) -> Refusal | None:
-    if config.offload_optimizer == "cpu" and config.zero_stage == 0:
+    if config.offload_optimizer == "cpu" and config.zero_stage == 0 and not _needs_zero_3(config):
         return Refusal("offload_optimizer cpu: without ZeRO DeepSpeed ignores it", "zero_stage", 1)
     return None
 
 
-def _nvme_below_zero_3(config: TrainConfig, devices: Devices) -> Refusal | None:
-    if config.offload_optimizer == "nvme" and config.zero_stage < 3:
-        return Refusal("offload_optimizer nvme: below ZeRO-3 DeepSpeed keeps the states in memory", "zero_stage", 3)
-    return None
+def _offload_below_zero_3(config: TrainConfig, devices: Devices) -> Refusal | None:
+    what = _needs_zero_3(config)
+    if not what or config.zero_stage == 3:
+        return None
+    why = "all workers have all parameters" if config.offload_parameters != "none" else "DeepSpeed keeps the states"
+    return Refusal(f"{what}: below ZeRO-3 {why} in memory", "zero_stage", 3)
+
+
+def _needs_zero_3(config: TrainConfig) -> str:
+    """The setting that only ZeRO-3 can offload by; "" for none."""
+    if config.offload_parameters != "none":
+        return "offload_parameters cpu"
+    return "offload_optimizer nvme" if config.offload_optimizer == "nvme" else ""
 
 
 def _bfloat16_without_zero(config: TrainConfig, devices: Devices) -> Refusal | None:
-    if config.dtype == "bfloat16" and config.zero_stage == 0 and config.offload_optimizer != "nvme":
+    if config.dtype == "bfloat16" and config.zero_stage == 0 and not _needs_zero_3(config):
         reason = "dtype bfloat16 with zero_stage 0: DeepSpeed's optimizer for it gives other losses than ZeRO 1 to 3"
         return Refusal(reason, "zero_stage", 1)
     return None
@@ -80,8 +89,8 @@ def _flash_attention_in_float32(config: TrainConfig, devices: Devices) -> Refusa
 
 def _4bit_under_zero_3(config: TrainConfig, devices: Devices) -> Refusal | None:
     reason = "adapter.load_in_4bit: ZeRO-3 would cut the packed weights apart"
-    if config.adapter.load_in_4bit and config.offload_optimizer == "nvme":
-        return Refusal(f"{reason}, and offload_optimizer nvme needs ZeRO-3", "adapter.load_in_4bit", False)
+    if config.adapter.load_in_4bit and (what := _needs_zero_3(config)):
+        return Refusal(f"{reason}, and {what} needs ZeRO-3", "adapter.load_in_4bit", False)
     if config.adapter.load_in_4bit and config.zero_stage == 3:
         return Refusal(reason, "zero_stage", 2)
     return None
@@ -98,6 +107,8 @@ def _float8(config: TrainConfig, devices: Devices) -> Refusal | None:
         return Refusal(f"{what}: the weights below an adapter are not converted", "float8", "none")
     if config.model.num_experts and not config.init_from_uri:
         return Refusal(f"{what}: experts are no linear layers: most of a mixture would stay as it is", "float8", "none")
+    if config.offload_parameters != "none":
+        return Refusal(f"{what}: not tried with offload_parameters", "float8", "none")
     if _shares(config) or _has_blocks(config):
         where = "where workers share a model" if _shares(config) else "with model.attention_block_tokens"
         return Refusal(f"{what}: not tried {where}", "float8", "none")
@@ -225,8 +236,8 @@ def _faults(config: TrainConfig, kind: str) -> list[str]:
         faults.append("model.attention_block_tokens: not tried where workers share a model")
     if config.adapter.rank:
         faults.append("adapter.rank: adapters are not shared")
-    if config.offload_optimizer == "nvme":
-        faults.append("offload_optimizer nvme: not tried where workers share a model")
+    if what := _needs_zero_3(config):
+        faults.append(f"{what}: not tried where workers share a model")
     if kind == "sequence_parallel" and config.document_masking:
         faults.append("document_masking: Ulysses drops the mask that tells documents apart")
     return faults
@@ -234,7 +245,7 @@ def _faults(config: TrainConfig, kind: str) -> list[str]:
 
 RULES: tuple[Rule, ...] = (
     _offload_without_zero,
-    _nvme_below_zero_3,
+    _offload_below_zero_3,
     _bfloat16_without_zero,
     _elastic_with_nvme,
     _gpu_attention_on_cpu,

@@ -54,7 +54,7 @@ STOPPED = 143  # exit code after SIGTERM
 HOW_NOT_WHAT = {  # settings that a run may go on with when they have changed
     "storage_uri", "overwrite", "tokens_uri", "tokenizer_uri", "checkpoints_uri", "output_uri", "num_workers",
     "sequence_parallel", "min_workers", "resize_check_seconds", "micro_batch_sequences", "attention",
-    "offload_optimizer", "nvme_dir",
+    "offload_optimizer", "offload_parameters", "nvme_dir",
     "activation_checkpointing", "compile", "checkpoint_interval_steps", "keep_checkpoints", "validation", "export",
     "evaluation_interval_steps", "correction", "alarms", "max_failures", "cache_dir", "wandb_mode",
     "stop_at_step",

@@ -23,9 +23,10 @@ def deepspeed_config(config: TrainConfig, world_size: int, use_gpu: bool) -> dic
         "stage3_param_persistence_threshold": 10 * config.model.hidden_size,  # norms stay whole, matrices do not
         "memory_efficient_linear": use_gpu,  # a linear layer in Python: the same numbers, a third slower on a CPU
     }
-    if config.offload_optimizer != "none":
-        where = {"nvme_path": config.nvme_dir} if config.offload_optimizer == "nvme" else {}
-        zero["offload_optimizer"] = {"device": config.offload_optimizer, "pin_memory": use_gpu, **where}
+    for key, device in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
+        if device != "none":
+            where = {"nvme_path": config.nvme_dir} if device == "nvme" else {}
+            zero[key] = {"device": device, "pin_memory": use_gpu, **where}
     made = {
         "train_micro_batch_size_per_gpu": config.micro_batch_sequences,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),

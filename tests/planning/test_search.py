@@ -34,7 +34,8 @@ def test_the_nearest_fit_fits(stage: int, blocks: int, again: bool, room: int, n
     fit = search.nearest_fit(config, SHAPE, number, room * GIB)
     if fit is None:  # then nothing does: not even all knobs together
         most = config.with_overrides(
-            {"zero_stage": 3, "micro_batch_sequences": 1, "activation_checkpointing": True, "offload_optimizer": "cpu"}
+            {"zero_stage": 3, "micro_batch_sequences": 1, "activation_checkpointing": True}
+            | {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
         )
         assert memory_of(most, SHAPE, 1024).device > room * GIB
         return

@@ -49,6 +49,7 @@ def losses(root: Path) -> list[float]:
     [
         {"zero_stage": 0},
         {"zero_stage": 1, "offload_optimizer": "cpu"},
+        {"offload_parameters": "cpu", "offload_optimizer": "cpu"},
         {"zero_stage": 2, "activation_checkpointing": True},
         {"micro_batch_sequences": 3, "attention": "eager"},  # the last micro-batch is filled up with rows of no weight
     ],
