@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.artifacts import read_manifest
-from app.cluster import LocalCluster
+from app.cluster import LocalCluster, LocalClusterConfig, start_local, stop_local
 from app.training import checkpoint, journal, stage
 from app.training.config import TrainConfig
 from tests.training.runs import assert_equal_runs, finish, start, wait_for_checkpoint
@@ -70,6 +70,24 @@ def test_a_killed_job_submitted_again_changes_nothing(undisturbed: Path, cluster
     figures = read_manifest(f"{tmp_path}/model", "model").figures
     assert figures["restarts"] == 1
     assert [event["step"] for event in journal.read_events(f"{tmp_path}/checkpoints", "rejected")] == [newest.step]
+
+
+def test_a_lost_head_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    """SIGKILL of the whole cluster, job and all; a new one, started in its folder, goes on where it was."""
+    settings = LocalClusterConfig(folder=str(tmp_path / "cluster"), num_cpus=3)
+    head = start_local(settings)
+    job = start(tmp_path, undisturbed, head)
+    try:
+        wait_for_checkpoint(tmp_path, job, 10)
+        os.killpg(head.pid, signal.SIGKILL)
+        job.kill()  # on a real cluster the driver runs on the head
+        job.wait()
+        again = start_local(settings)
+        assert again.pid != head.pid
+        assert "resuming after step" in finish(start(tmp_path, undisturbed, again))
+    finally:
+        stop_local(tmp_path / "cluster")
+    assert_equal_runs(tmp_path, undisturbed)
 
 
 def test_a_job_that_is_told_to_end_leaves_a_checkpoint(
