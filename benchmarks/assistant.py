@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 from competitors import demo_training, environments, orders, random_models, smollm2
 
 from app.artifacts import read_manifest
-from app.cluster import PRIVATE, LocalCluster
+from app.cluster import LocalCluster
 from app.training import journal
 from app.training.config import TrainConfig
 
@@ -54,22 +53,14 @@ class Result:
     trained_percent: float = math.nan
 
 
-def job(script: str, settings: dict[str, Any], running: LocalCluster) -> None:
-    """Run one of the project's jobs with these settings. Raises RuntimeError with the end of its output."""
-    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, f"jobs/{script}.py", *arguments]
-    environment = os.environ | PRIVATE | running.environment
-    done = subprocess.run(command, cwd=demo_training.ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{script} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
-
-
 def pack(folder: Path, smol: Path, running: LocalCluster) -> None:
     """The orders as conversations, the prose as the old corpus, both in tokens of the model."""
     shared = {"storage_uri": folder, "tokenizer_uri": smol / "model", "block_tokens": BLOCK_TOKENS}
     orders.write(folder / "orders.jsonl", ORDERS)
-    job("pack_conversations", shared | {"sources": '["orders.jsonl"]', "held_out_fraction": HELD_OUT}, running)
-    job("pack_tokens", shared | {"corpus_uri": smol / "corpus", "output_uri": "prose"}, running)
+    demo_training.job(
+        "pack_conversations", shared | {"sources": '["orders.jsonl"]', "held_out_fraction": HELD_OUT}, running
+    )
+    demo_training.job("pack_tokens", shared | {"corpus_uri": smol / "corpus", "output_uri": "prose"}, running)
 
 
 def settings_of(folder: Path, smol: Path, name: str, **changes: Any) -> TrainConfig:

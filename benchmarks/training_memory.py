@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ZeRO-3": {},
     "ZeRO-3, activation checkpointing": {"activation_checkpointing": True},
     "ZeRO-3, optimizer on the CPU": {"offload_optimizer": "cpu"},
+    "ZeRO-3, parameters on the CPU": {"offload_parameters": "cpu"},
     "ZeRO-1": {"zero_stage": 1},
     "ZeRO-1, activation checkpointing": {"zero_stage": 1, "activation_checkpointing": True},
     "ZeRO-1, optimizer on the CPU": {"zero_stage": 1, "offload_optimizer": "cpu"},

@@ -6,11 +6,8 @@ It says nothing about which is better; the benchmarks that compare two kinds do.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ import yaml
 from competitors import demo_training
 
 from app.artifacts import read_manifest
-from app.cluster import PRIVATE, LocalCluster
+from app.cluster import LocalCluster
 from app.training import journal
 from app.training.config import TrainConfig
 
@@ -32,16 +29,13 @@ def prepare(folder: Path, running: LocalCluster, block_tokens: int) -> None:
     if not raw.exists():
         raise SystemExit(f"{raw} is missing: .venv/bin/python jobs/fetch_demo_corpus.py --storage_uri {raw.parent}")
     shutil.copytree(raw, folder / "raw", dirs_exist_ok=True, copy_function=shutil.copy2)
-    length = ["--block_tokens", str(block_tokens)]
-    for job, options in (("prepare_corpus", []), ("train_tokenizer", []), ("pack_tokens", length)):
-        command = [sys.executable, f"jobs/{job}.py", "--config", str(demo_training.DEMO / f"{job}.yaml")]
-        environment = os.environ | PRIVATE | running.environment
-        done = subprocess.run(
-            [*command, "--storage_uri", str(folder), *options], cwd=ROOT, env=environment,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"{job} failed:\n{done.stderr[-3000:]}")
+    for script, options in (
+        ("prepare_corpus", {}),
+        ("train_tokenizer", {}),
+        ("pack_tokens", {"block_tokens": block_tokens}),
+    ):
+        given = {"config": demo_training.DEMO / f"{script}.yaml", "storage_uri": folder}
+        demo_training.job(script, given | options, running)
 
 
 def vocab_size(folder: Path) -> int:

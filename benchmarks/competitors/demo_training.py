@@ -116,6 +116,16 @@ def finish(job: subprocess.Popen[str], config: TrainConfig) -> None:
         raise RuntimeError(f"training failed ({job.returncode}):\n{_tail(Path(config.storage_uri))}")
 
 
+def job(script: str, settings: dict[str, Any], running: LocalCluster) -> None:
+    """Run one of the project's jobs with these settings. Raises RuntimeError with the end of its output."""
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, f"jobs/{script}.py", *arguments]
+    environment = os.environ | PRIVATE | running.environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{script} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+
+
 def torchrun(
     script: Path, output: Path, num_processes: int, *options: str, packages: Path | None = None
 ) -> list[dict[str, Any]]:
