@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from app.serving.moderation import Moderator, Verdict
 from app.serving.policy import Policy
-from app.serving.protocol import event, final_chunk
+from app.serving.protocol import event, final_chunk, in_one_line
 from app.serving.streaming import HeldBack
 
 PREFIX = "data: "
@@ -88,7 +88,7 @@ class EventFilter:
                 new.clear()
                 out += [raw.encode()] if self._wants_usage else []
         out += [self._pass(index, chunks) for index, chunks in new.items()]
-        return b"".join(out)
+        return in_one_line(b"".join(out))
 
     def _pass(self, index: int, chunks: list[_Chunk]) -> bytes:
         """What may be sent of one choice."""

@@ -20,6 +20,7 @@ Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Message, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+LINE_ENDS = "\u0085\u2028\u2029"  # beside those that JSON escapes
 DONE = b"data: [DONE]\n\n"
 COMPLETION_TOKENS = 16  # what /v1/completions generates when max_tokens is not given
 KINDS = {
@@ -117,7 +118,14 @@ def stream_error(message: str, kind: str = "server_error", code: str | None = No
 
 def event(value: Any) -> bytes:
     """A server-sent event."""
-    return b"data: " + _json(value) + b"\n\n"
+    return b"data: " + in_one_line(_json(value)) + b"\n\n"
+
+
+def in_one_line(events: bytes) -> bytes:
+    """The same JSON without the characters that end a line for some clients, httpx's iter_lines for one."""
+    for character in LINE_ENDS:
+        events = events.replace(character.encode(), b"\\u%04x" % ord(character))
+    return events
 
 
 def final_chunk(finish_reason: str, like: Mapping[str, Any], index: int = 0) -> bytes:

@@ -213,6 +213,17 @@ def test_a_stream_passes_as_it_is(path: str, batch: int) -> None:
     assert engine.num_abandoned == 0
 
 
+def test_a_streams_text_ends_no_line() -> None:
+    """Some clients end lines at these characters, too; vLLM writes them as they are."""
+    text = "上\u2028中\u0085下\u2029"
+    engine = Engine()
+    raw = [f'data: {{"choices":[{{"index":0,"delta":{{"content":"{text}"}},"finish_reason":"stop"}}]}}\n\n']
+    engine.events = lambda operation: raw  # type: ignore[method-assign]
+    reply = run(Endpoint(engine), chat(stream=True))
+    lines = [line for line in reply.body.decode().splitlines() if line]
+    assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["delta"]["content"] == text
+
+
 def test_usage_is_sent_to_who_asks_for_it() -> None:
     reply = run(Endpoint(Engine("好")), chat(stream=True, stream_options={"include_usage": True}))
     assert reply.chunks[-1]["usage"] == USAGE

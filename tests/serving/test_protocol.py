@@ -110,6 +110,13 @@ def test_a_stream_ends_as_the_client_expects() -> None:
     assert (completion.choices[0].text, completion.choices[0].finish_reason) == ("", "content_filter")
 
 
+@given(st.text(st.characters(codec="utf-8", exclude_categories=()) | st.sampled_from("\u0085\u2028\u2029\\\n")))
+def test_an_event_is_one_line_by_any_count(text: str) -> None:
+    written = protocol.event({"text": text})
+    assert len(written.decode().splitlines()) == 2
+    assert event(written) == {"text": text}
+
+
 def test_a_stream_error_raises_in_the_client() -> None:
     import httpx
     import openai
