@@ -8,7 +8,7 @@ branch. Imports AutoAWQ, so it runs only where its overlay is on the path.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +22,21 @@ def search(
     Raises ValueError for an architecture that AutoAWQ does not know.
     """
     from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
+    from awq.quantize.quantizer import AwqQuantizer
+
+    class Quantizer(AwqQuantizer):  # type: ignore[misc]
+        """AutoAWQ's, which restores the weights that it tries scales on also where they are in the CPU's memory.
+
+        It keeps them as `tensor.cpu()`, which is the same tensor there, and spoils it with the first scales.
+        """
+
+        def _compute_best_scale(self, x: Any, w_mean: Any, x_mean: Any, inspected: Any, *rest: Any) -> Any:
+            plain = inspected.state_dict
+            inspected.state_dict = lambda: {name: tensor.clone() for name, tensor in plain().items()}
+            try:
+                return super()._compute_best_scale(x, w_mean, x_mean, inspected, *rest)
+            finally:
+                del inspected.state_dict
 
     kind = model.config.model_type
     if kind not in AWQ_CAUSAL_LM_MODEL_MAP:
@@ -36,4 +51,5 @@ def search(
         max_calib_samples=len(windows),
         max_calib_seq_len=len(windows[0]),
         export_compatible=True,
+        quantizer_cls=Quantizer,
     )

@@ -9,7 +9,8 @@ import pytest
 from safetensors import safe_open
 
 from app import overlays
-from app.artifacts import Manifest, read_manifest
+from app.artifacts import Manifest, publish, read_manifest
+from app.config import RunConfig
 from app.quantization import stage
 from app.quantization.config import QuantizeConfig
 from tests.tiny_trained import UNTRAINED_BITS_PER_BYTE, write_artifacts
@@ -88,6 +89,31 @@ def test_autoawq_ends_in_the_same_layout(root: Path, quantized: Manifest) -> Non
     assert list(weights[0]) == list(weights[1])
     packed = [name for name in weights[0] if name.endswith(".weight_packed")]
     assert any((weights[0][name] != weights[1][name]).any() for name in packed)
+
+
+def test_autoawq_keeps_what_it_scales(root: Path, cluster: object) -> None:
+    """Channels that differ much: the norm before them makes up for it, so that the model is the same."""
+    import torch
+
+    from app.models import load_model, load_tokenizer
+
+    model, folder = load_model(root / "model"), root / "uneven"
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            scales = torch.randn(len(norm.weight)).exp()
+            norm.weight.data /= scales
+            for linear in readers:
+                linear.weight.data *= scales
+    model.save_pretrained(folder)
+    load_tokenizer(root / "model").save_pretrained(folder)
+    publish(Manifest.draft("model", str(folder), RunConfig(), {}), {})
+    figures = stage.run(settings(root, backend="autoawq", model_uri="uneven", output_uri="uneven-4bit")).figures
+    assert figures["gate"] == "passed"
 
 
 def test_autoawq_refuses_patterns() -> None:
