@@ -74,7 +74,7 @@ def measure(given: argparse.Namespace) -> dict[str, Runs]:
     found: dict[str, Runs] = {BARE: defaultdict(list), OURS: defaultdict(list)}
     with endpoints.bare(settings, folder) as alone:
         rounds(BARE, alone, given, found[BARE])
-    variables = {} if given.python_proxy else endpoints.direct_ingress(folder)
+    variables = {} if given.python_proxy else endpoints.direct_ingress()
     with endpoints.ours(settings, folder, variables) as full:
         rounds(OURS, full, given, found[OURS])
     with endpoints.bare(settings, folder) as alone:

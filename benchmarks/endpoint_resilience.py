@@ -232,7 +232,7 @@ def main() -> None:
     for name, seed in (("first", 1), ("second", 2)):
         if not (given.folder / name / "manifest.json").exists():
             endpoint.write_model(given.folder / name, seed)
-    os.environ.update(endpoints.direct_ingress(given.folder) if given.haproxy else {})
+    os.environ.update(endpoints.direct_ingress() if given.haproxy else {})
     with endpoint.cluster(given.folder / "cluster") as running:
         began = time.monotonic()
         endpoint.deploy(given.folder, "first", running, ARGUMENTS)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from app.cluster import LocalCluster, LocalClusterConfig, find_local, start_local, stop_local
+from tests.listening import assert_private
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,14 +46,4 @@ def test_the_local_cluster_is_private(cluster: LocalCluster) -> None:
 
 @pytest.mark.ray
 def test_the_local_cluster_listens_on_loopback_only(cluster: LocalCluster) -> None:
-    import psutil
-
-    family = [psutil.Process(cluster.pid), *psutil.Process(cluster.pid).children(recursive=True)]
-    listening = {
-        connection.laddr.ip
-        for process in family
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening
-    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert_private(cluster)

@@ -14,11 +14,13 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 import ray
+import ray.serve._private.replica as serve_replica
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParameters
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParameters
 from openai.types.embedding_create_params import EmbeddingCreateParams
 from pydantic import ValidationError
 from ray import serve
+from ray._common.network_utils import build_address
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS, VLLM_FATAL_ERRORS
 from ray.llm._internal.common.models import global_id_manager
@@ -79,6 +81,20 @@ _REPLICA_GONE = (
     DeploymentUnavailableError,
     *VLLM_FATAL_ERRORS,  # the replica is about to end
 )
+
+
+_add_port = serve_replica.add_port_to_grpc_server
+
+
+def _add_port_of_node(server: Any, _: str) -> int:
+    """Where a replica takes the calls of others: at the node's address, which on a private cluster is the loopback.
+
+    They are pickled and need no key, and Serve listens for them on all interfaces.
+    """
+    return int(_add_port(server, build_address(ray.util.get_node_ip_address(), 0)))
+
+
+serve_replica.add_port_to_grpc_server = _add_port_of_node
 
 
 class OneProcessEngine(VLLMEngine):  # type: ignore[misc]

@@ -7,12 +7,14 @@ app/serving/engine.py. It measures nothing but the CPU time of the processes.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections import defaultdict
@@ -118,10 +120,10 @@ def bare(settings: ServeConfig, folder: Path) -> Iterator[Endpoint]:
         process.wait(60)
 
 
-def direct_ingress(folder: Path) -> dict[str, str]:
+def direct_ingress() -> dict[str, str]:
     """Ray's own settings for throughput: HAProxy in front of replicas that speak HTTP themselves, and fewer threads."""
-    own = folder / "haproxy"
-    own.mkdir(exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix="haproxy-"))  # a socket's path has at most 97 characters
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
     switches = dict.fromkeys(("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"), "1")
     paths = {f"RAY_SERVE_HAPROXY_{name}": str(own / path) for name, path in PATHS.items()}
     return {**switches, **paths, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}

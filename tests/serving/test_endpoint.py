@@ -26,6 +26,7 @@ from app.artifacts import read_manifest
 from app.cluster import LocalCluster
 from app.serving import auth
 from app.serving.config import DeployConfig, Limits
+from tests.listening import assert_private
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -274,6 +275,10 @@ def test_the_model_runs_in_the_engines_own_process(client: openai.OpenAI, cluste
     client.completions.create(model=MODEL, prompt="孔明", max_tokens=2)
     names = [process.name() for process in psutil.Process(cluster.pid).children(recursive=True)]
     assert {name for name in names if name.startswith("VLLM::")} == {"VLLM::EngineCore"}
+
+
+def test_the_endpoint_listens_on_loopback_only(client: openai.OpenAI, cluster: LocalCluster) -> None:
+    assert_private(cluster)
 
 
 def test_errors_are_openais(client: openai.OpenAI) -> None:
