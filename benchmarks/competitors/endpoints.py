@@ -126,6 +126,7 @@ def direct_ingress() -> dict[str, str]:
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     switches = dict.fromkeys(("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"), "1")
     paths = {f"RAY_SERVE_HAPROXY_{name}": str(own / path) for name, path in PATHS.items()}
+    switches["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response"  # a replica died before it answered
     return {**switches, **paths, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}
 
 
