@@ -17,7 +17,7 @@ from app.artifacts import read_manifest
 from app.cluster import LocalCluster
 
 DOCUMENTS = 12
-SCORES = ("bits_per_byte", "bleu_13a", "chrf", "rouge_l", "bertscore", "distinct_2", "repetition")
+SCORES = ("bits_per_byte", "perplexity", "bleu", "chrf", "rougeL", "bertscore", "distinct_2", "repetition")
 AIM_LOSS, AIM_PERCENT, AIM_GAP = 2.0, 14.0, 1e-3
 
 
@@ -34,8 +34,7 @@ def main() -> None:
     with demo_training.cluster(given.folder / "cluster") as running:
         sizes = {"max_documents": DOCUMENTS, "num_continuations": DOCUMENTS}
         demo_training.job("evaluate_model", shared | sizes, running)
-        for name, figure in read_manifest(f"{given.folder}/report", "report").figures.items():
-            print(f"{name}: {figure}")
+        show_scores(read_manifest(f"{given.folder}/report", "report").figures)
         parity(given.folder, smol, smol / "model", running)
         if given.quantize:
             few = {"num_calibration_samples": 1, "num_comparison_documents": DOCUMENTS, "group_size": 64}
@@ -45,6 +44,13 @@ def main() -> None:
             print(f"4 bits: loss in bits per byte {figures['loss_percent']} %   (aim: below {AIM_LOSS})")
             print(f"4 bits: linear weights {figures['linear_percent']} % of float32's   (aim: at most {AIM_PERCENT})")
             parity(given.folder, smol, given.folder / "quantized", running)
+
+
+def show_scores(figures: Any) -> None:
+    """Each with its bootstrap interval."""
+    for name in SCORES:
+        interval = figures[f"{name}_interval"]
+        print(f"{name:14} {figures[name]:9.4f}   95 %: {interval['low']:.4f} to {interval['high']:.4f}")
 
 
 def parity(folder: Path, smol: Path, served: Path, running: LocalCluster) -> None:
