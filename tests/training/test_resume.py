@@ -72,6 +72,7 @@ def test_a_killed_job_submitted_again_changes_nothing(undisturbed: Path, cluster
     assert [event["step"] for event in journal.read_events(f"{tmp_path}/checkpoints", "rejected")] == [newest.step]
 
 
+@pytest.mark.long  # two clusters
 def test_a_lost_head_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
     """SIGKILL of the whole cluster, job and all; a new one, started in its folder, goes on where it was."""
     settings = LocalClusterConfig(folder=str(tmp_path / "cluster"), num_cpus=3)
