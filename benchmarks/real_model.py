@@ -1,7 +1,7 @@
 """SmolLM2-135M through the stages that follow training: evaluation, the endpoint, 4 bits, and parity with transformers.
 
 Each is the project's own job on a private cluster; `--quantize` adds the model in 4 bits, whose scales take a CPU some
-twenty minutes. The evaluated text is English prose; the endpoint has all its defaults, content filter included.
+minutes. The evaluated text is English prose; the endpoint has all its defaults, content filter included.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
 from competitors import demo_training, random_models, smollm2
 
 from app.artifacts import read_manifest
@@ -55,10 +54,7 @@ def show_scores(figures: Any) -> None:
 
 def parity(folder: Path, smol: Path, served: Path, running: LocalCluster) -> None:
     """Deploy a model and compare the endpoint's greedy answers with transformers' view of the same model."""
-    config = folder / f"{served.name}.yaml"
-    document: dict[str, Any] = yaml.safe_load((demo_training.ROOT / "serve_config.yaml").read_text(encoding="utf-8"))
-    config.write_text(yaml.safe_dump(document))
-    deployed = {"output_uri": f"{served.name}-deployed.yaml", "serve_config": config, "port": running.endpoint_port}
+    deployed = {"output_uri": f"{served.name}-deployed.yaml", "port": running.endpoint_port}
     demo_training.job("deploy_model", {"storage_uri": folder, "model_uri": served} | deployed, running)
     models = {"served_uri": served, "model_uri": smol / "model", "corpus_uri": smol / "corpus"}
     output = f"parity-{served.name}"
