@@ -125,7 +125,7 @@ def judge(model_dir: Path, smol: Path, held_out: list[Any], result: Result) -> N
     """Loss and exactness on held-out orders, bits per byte of prose, of a model or of an adapter on SmolLM2."""
     from app.documents import sample_texts
     from app.models import load_model, load_tokenizer
-    from app.quantization.stage import bits_per_byte
+    from app.quantization.comparison import bits_per_byte
 
     is_adapter = (model_dir / "adapter_config.json").exists()
     model: Any = load_model(smol / "model" if is_adapter else model_dir)

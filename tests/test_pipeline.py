@@ -73,6 +73,7 @@ def run(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "train_model": TRAIN,
         "evaluate_model": {"num_continuations": 4, "prompt_tokens": 4, "continuation_tokens": 4},
         "quantize_model": {"num_calibration_samples": 8, "max_loss_percent": 5},
+        "evaluate_quantized": {"num_continuations": 0},
         "deploy_model": {"port": cluster.endpoint_port},
         "check_parity": {"num_prompts": 4, "prompt_tokens": 12, "answer_tokens": 8},
     }
@@ -97,6 +98,7 @@ def test_every_stage_is_done_and_summed_up(run: dict[str, Any]) -> None:
         "train_model",
         "evaluate_model",
         "quantize_model",
+        "evaluate_quantized",
     ):
         assert stage in summary
 
@@ -106,7 +108,8 @@ def test_one_page_reports_the_run_and_the_model_has_a_card(run: dict[str, Any]) 
     assert page.count("<mark class=passed>passed</mark>") == 2  # quantization, parity
     for stage in ("prepare_corpus", "train_model", "evaluate_model", "quantize_model", "check_parity"):
         assert f"<section id={stage}>" in page
-    for title in ("What was rejected, and why", "Time of a step", "Was it trained on?"):  # of the stages' own pages
+    titles = ["What was rejected, and why", "Time of a step", "Was it trained on?"]  # of the stages' own pages
+    for title in [*titles, "Before and after quantization"]:
         assert f"<h2>{title}</h2>" in page
     assert not re.findall(r"<script|@import|(?:src|href)=[\"']?[^\"'#]", page)  # all in one file
     card = (run["root"] / "quantized" / "README.md").read_text(encoding="utf-8")
@@ -142,6 +145,9 @@ def test_the_quantized_model_is_small_and_close(run: dict[str, Any]) -> None:
     assert abs(figures["loss_percent"]) < 5
     report = read_manifest(f"{run['root']}/report", "report").figures
     assert figures["bits_per_byte_before"] == pytest.approx(report["bits_per_byte"], rel=1e-3)
+    assert 50 < figures["same_next_token_percent"] <= 100
+    again = read_manifest(f"{run['root']}/quantized-report", "report").figures
+    assert figures["bits_per_byte_after"] == pytest.approx(again["bits_per_byte"], rel=1e-3)
 
 
 def test_the_endpoint_answers_from_the_4_bit_weights(run: dict[str, Any], cluster: LocalCluster) -> None:

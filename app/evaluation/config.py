@@ -63,6 +63,13 @@ class EvaluateConfig(RunConfig):
         return [f"evaluate {self.resolve(self.model_uri)} on {held_out}{benchmarks}", *states(self)]
 
 
+class EvaluateQuantizedConfig(EvaluateConfig):
+    """The same of the quantized model."""
+
+    model_uri: str = Field("quantized", description="model artifact to evaluate")
+    output_uri: str = Field("quantized-report", description="where report.json and report.html go")
+
+
 class ParityConfig(RunConfig):
     """Settings of `check_parity`."""
 

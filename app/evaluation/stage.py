@@ -105,6 +105,8 @@ def _likelihood(workers: Workers, corpus_uri: str, held_out: list[str]) -> Figur
 
 
 def _continue(workers: Workers, held_out: list[str], config: EvaluateConfig) -> list[tuple[str, str, str]]:
+    if not config.num_continuations:
+        return []
     needed = CHARACTERS_PER_TOKEN * (config.prompt_tokens + config.continuation_tokens)
     chosen = [text for text in held_out if len(text) >= needed][: config.num_continuations]
     if not chosen:

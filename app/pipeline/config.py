@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.config import RunConfig
 from app.corpus.config import CorpusConfig
-from app.evaluation.config import EvaluateConfig, ParityConfig
+from app.evaluation.config import EvaluateConfig, EvaluateQuantizedConfig, ParityConfig
 from app.quantization.config import QuantizeConfig
 from app.serving.config import DeployConfig
 from app.tokens.config import PackConfig, TokenizerConfig
@@ -24,6 +24,9 @@ class PipelineConfig(RunConfig):
     train_model: TrainConfig = TrainConfig()
     evaluate_model: EvaluateConfig = EvaluateConfig()
     quantize_model: QuantizeConfig = QuantizeConfig()
+    evaluate_quantized: EvaluateQuantizedConfig | None = Field(
+        None, description="settings of the quantized model's evaluation; none: bits per byte and next tokens only"
+    )
     deploy_model: DeployConfig | None = Field(None, description="settings of the endpoint; none: not deployed")
     check_parity: ParityConfig | None = Field(None, description="the gate behind the endpoint; none: not checked")
 
@@ -46,7 +49,9 @@ class ShowLineageConfig(RunConfig):
         "model", description="its kind"
     )
     card: bool = Field(False, description="write README.md, a model card, into the model's folder")
-    report_uris: tuple[str, ...] = Field(("report", "parity"), description="evaluations that the card may show")
+    report_uris: tuple[str, ...] = Field(
+        ("report", "quantized-report", "parity"), description="evaluations that the card may show"
+    )
 
     def plan(self) -> list[str]:
         """What is read, and what is written."""

@@ -7,7 +7,7 @@ figure of its own.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from app.artifacts import GATE, Manifest
@@ -22,6 +22,7 @@ TITLES = {
     "train_model": "Training",
     "evaluate_model": "Evaluation",
     "quantize_model": "Quantization",
+    "evaluate_quantized": "Evaluation of the quantized model",
     "check_parity": "Parity",
 }
 
@@ -61,10 +62,24 @@ def render(rows: Sequence[Row], made: Mapping[str, Made], error: str) -> str:
         "<h2>Lineage</h2><p class=note>Of what each artifact was made, by digest.</p>",
         f"<div>{draw(boxes)}</div>",
     ]
+    if {"evaluate_model", "evaluate_quantized"} <= set(made):
+        both = (made[name].manifest.figures for name in ("evaluate_model", "evaluate_quantized"))
+        parts += [
+            "<h2>Before and after quantization</h2>",
+            table(("figure", "before", "after", "change"), _changes(*both)),
+        ]
     for name, one in made.items():
         body = one.body or f"<h1>{TITLES[name]}</h1>{table(('figure', 'value'), flatten(one.manifest.figures).items())}"
         parts.append(f"<section id={name}>{body}</section>")
     return page("zero-to-one: a run", parts)
+
+
+def _changes(before: Mapping[str, object], after: Mapping[str, object]) -> Iterator[tuple[str, float, float, str]]:
+    """The figures that both evaluations have, and by how much they differ."""
+    for name, value in before.items():
+        now = after.get(name)
+        if isinstance(value, int | float) and isinstance(now, int | float):
+            yield name, value, now, f"{100 * (now / value - 1):+.2f} %" if value else ""
 
 
 def _gate(title: str, manifest: Manifest) -> str:

@@ -23,6 +23,7 @@ from app.training.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 Figures = dict[str, Any]
+REPORTS = ("evaluate_model", "evaluate_quantized", "check_parity")  # for the model card
 
 
 def run(config: PipelineConfig) -> str:
@@ -49,7 +50,7 @@ def run(config: PipelineConfig) -> str:
         raise
     finally:
         storage.write_atomic(config.resolve("report.html"), render(rows, made, error).encode())
-    reports = [made[name].manifest for name in ("evaluate_model", "check_parity") if name in made]
+    reports = [made[name].manifest for name in REPORTS if name in made]
     _write_card(made["quantize_model"].manifest, reports)
     table = format_table(rows)
     storage.write_atomic(config.resolve("summary.txt"), table.encode())
@@ -122,7 +123,7 @@ def _stage(name: str) -> tuple[Callable[[Any], Manifest], Callable[[Figures], tu
             f"{f['tokens']:,} tokens → {f['parameters'] / 1e6:.1f} M parameters",
             f"loss {f['train_loss']:.2f}, {f['tokens_per_second']:,} tokens/s",
         )
-    if name == "evaluate_model":
+    if name in ("evaluate_model", "evaluate_quantized"):
         from app.evaluation import stage as evaluation
 
         return evaluation.run, lambda f: (
@@ -135,7 +136,8 @@ def _stage(name: str) -> tuple[Callable[[Any], Manifest], Callable[[Figures], tu
 
         return quantization.run, lambda f: (
             f"{f['linear_float32_bytes'] / 1e6:.1f} → {f['linear_weight_bytes'] / 1e6:.1f} MB of linear weights",
-            f"{f['linear_percent']:.1f} % of the size, bits per byte {f['loss_percent']:+.2f} %",
+            f"{f['linear_percent']:.1f} % of the size, bits per byte {f['loss_percent']:+.2f} %, "
+            f"next tokens {f['same_next_token_percent']:.1f} % alike",
         )
     if name == "check_parity":
         from app.evaluation import served

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from app.quantization.config import QuantizeConfig
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def search(
-    model: PreTrainedModel, windows: Sequence[Sequence[int]], group_size: int, symmetric: bool, ignore: list[str]
-) -> None:
+def search(model: PreTrainedModel, windows: Sequence[Sequence[int]], config: QuantizeConfig) -> None:
     """Scale and clip the weights of the decoder's layers, calibrated on token windows of one length (lists of ids).
 
     Raises ValueError for an architecture that AutoAWQ does not know.
@@ -42,9 +42,9 @@ def search(
     if kind not in AWQ_CAUSAL_LM_MODEL_MAP:
         raise ValueError(f"backend: AutoAWQ does not know the architecture {kind}; use llm-compressor")
     wrapped = AWQ_CAUSAL_LM_MODEL_MAP[kind](model, kind, False, model.config, None, None)
-    settings = {"w_bit": 4, "q_group_size": group_size, "zero_point": not symmetric, "version": "GEMM"}
-    if ignore:
-        wrapped.modules_to_not_convert = ignore
+    settings = {"w_bit": 4, "q_group_size": config.group_size, "zero_point": not config.symmetric, "version": "GEMM"}
+    if config.ignore:
+        wrapped.modules_to_not_convert = config.ignore
     wrapped.quantize(
         quant_config=settings,
         calib_data=[list(window) for window in windows],

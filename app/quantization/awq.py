@@ -2,7 +2,8 @@
 
 Activation-aware Weight Quantization after Lin et al. 2023 (https://arxiv.org/abs/2306.00978): scales found on
 calibration text protect the weights that matter. llm-compressor searches them, or AutoAWQ (autoawq.py) has done so;
-llm-compressor rounds and packs. It is imported here, so this runs only where the overlay is first on the path.
+llm-compressor rounds, to the nearest or by GPTQ, and packs. It is imported here, so this runs only where the overlay is
+first on the path.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from app.quantization.config import QuantizeConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,45 +45,64 @@ def refuse_blocks(model_config: Mapping[str, Any]) -> None:
         raise ValueError("model_uri: a model with attention_block_tokens is not quantized yet; serve it as it is")
 
 
-def quantize(
-    model: PreTrainedModel, windows: Sequence[Sequence[int]], group_size: int, symmetric: bool, ignore: list[str]
-) -> None:
-    """Quantize the linear layers of the model in place, calibrated on token windows (each a list of ids)."""
+def quantize(model: PreTrainedModel, windows: Sequence[Sequence[int]], config: QuantizeConfig) -> None:
+    """Scale and round the linear layers of the model in place, calibrated on token windows (each a list of ids)."""
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    _apply(model, windows, [AWQModifier(duo_scaling="both"), _rounding(config)])
+
+
+def round_weights(model: PreTrainedModel, windows: Sequence[Sequence[int]], config: QuantizeConfig) -> None:
+    """Round the linear layers in place as their weights are."""
+    _apply(model, windows, [_rounding(config)])
+
+
+def _apply(model: PreTrainedModel, windows: Sequence[Sequence[int]], recipe: list[Any]) -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.transform.awq import AWQModifier
 
     _let_cpu_hosts_calibrate()
     rows = [{"input_ids": list(window), "attention_mask": [1] * len(window)} for window in windows]
     oneshot(
         model=model,
         dataset=Dataset.from_list(rows),
-        recipe=[AWQModifier(duo_scaling="both"), _rounding(group_size, symmetric, ignore)],
+        recipe=recipe,
         num_calibration_samples=len(rows),
         shuffle_calibration_samples=False,
         max_seq_length=max(map(len, windows)),
     )
 
 
-def round_weights(model: PreTrainedModel, group_size: int, symmetric: bool, ignore: list[str]) -> None:
-    """Quantize the linear layers in place as their weights are, to the nearest of 16 levels between min and max."""
-    from llmcompressor import oneshot
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Write the quantized model, packed; scales in 16 bits also beside float32 weights, where they would take 32."""
+    import torch
 
-    oneshot(model=model, recipe=[_rounding(group_size, symmetric, ignore)])
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            module.weight_scale.data = module.weight_scale.data.to(torch.bfloat16)
+    model.save_pretrained(folder, save_compressed=True)
 
 
-def _rounding(group_size: int, symmetric: bool, ignore: list[str]) -> Any:
+def _rounding(config: QuantizeConfig) -> Any:
+    """Each group to 16 levels between its min and max; scales first to bfloat16, which every kernel can hold.
+
+    GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) makes up for each column's error in those after it.
+    """
+    import torch
+    from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     weights = {
         "num_bits": 4,
         "type": "int",
         "strategy": "group",
-        "group_size": group_size,
-        "symmetric": symmetric,
+        "group_size": config.group_size,
+        "symmetric": config.symmetric,
         "dynamic": False,
+        "scale_dtype": torch.bfloat16,
     }
-    return QuantizationModifier(config_groups={"w4": {"targets": ["Linear"], "weights": weights}}, ignore=ignore)
+    modifier = GPTQModifier if config.rounding == "gptq" else QuantizationModifier
+    return modifier(config_groups={"w4": {"targets": ["Linear"], "weights": weights}}, ignore=config.ignore)
 
 
 def _let_cpu_hosts_calibrate() -> None:

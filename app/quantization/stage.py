@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -74,6 +73,7 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
 
     from app.models import encode, load_model, load_tokenizer
     from app.quantization import autoawq, awq
+    from app.quantization.comparison import bits_per_byte, next_tokens, same_percent
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tried: dict[str, float] = {}
@@ -85,17 +85,18 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
         model = load_model(model_dir, dtype).to(device)
         if hasattr(model.config, "quantization_config"):
             raise ValueError(f"model_uri: {model_uri} is quantized already; name the model it was made from")
-        before = bits_per_byte(model, tokenizer, held_out)
+        before, expected = bits_per_byte(model, tokenizer, held_out), next_tokens(model, tokenizer, held_out)
         window_tokens = min(model.config.max_position_embeddings, 2048)
         windows = awq.choose_windows(documents, config.num_calibration_samples, window_tokens, config.seed)
         for group_size in config.group_sizes:
             if tried:  # what was quantized before is no longer the model
                 model = load_model(model_dir, dtype).to(device)
+            chosen = config.model_copy(update={"group_size": group_size})
             if config.backend == "autoawq":
-                autoawq.search(model, windows, group_size, config.symmetric, config.ignore)
-                awq.round_weights(model, group_size, config.symmetric, config.ignore)
+                autoawq.search(model, windows, chosen)
+                awq.round_weights(model, windows, chosen)
             else:
-                awq.quantize(model, windows, group_size, config.symmetric, config.ignore)
+                awq.quantize(model, windows, chosen)
             after = bits_per_byte(model, tokenizer, held_out)
             loss_percent = round(100 * (after / before - 1), 2)
             tried[f"group_{group_size}"] = loss_percent
@@ -103,7 +104,8 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
             logger.info("group size %d: bits per byte %.4f -> %.4f, %s", group_size, before, after, verdict)
             if verdict == PASSED:
                 break
-        model.save_pretrained(folder, save_compressed=True)
+        same = same_percent(expected, next_tokens(model, tokenizer, held_out))
+        awq.save(model, Path(folder))
         load_tokenizer(model_dir).save_pretrained(folder)
         sizes = awq.linear_sizes(Path(folder))
         storage.upload(Path(folder), uri)
@@ -111,17 +113,10 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
         "bits_per_byte_before": round(before, 4),
         "bits_per_byte_after": round(after, 4),
         "loss_percent": loss_percent,
+        "same_next_token_percent": same,
         GATE: verdict,
         "group_size": group_size,
         "tried_loss_percent": tried,
         "calibration_tokens": sum(map(len, windows)),
         **sizes,
     }
-
-
-def bits_per_byte(model: Any, tokenizer: Any, texts: list[str]) -> float:
-    """Cross-entropy in bits over UTF-8 bytes, all texts together."""
-    from app.models import encode, score_documents
-
-    nats = sum(score_documents(model, encode(tokenizer, texts), tokenizer.eos_token_id))
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from app.artifacts import Manifest, publish, read_manifest
 from app.cluster import API_KEY_VARIABLE, LocalCluster
@@ -16,6 +17,7 @@ from app.evaluation.config import ChoiceConfig
 from app.evaluation.generation import Workers
 from tests.augmentation.fake_endpoint import endpoint as fake_endpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 CONTEXT_TOKENS = 8
 TABLE = {(last, token): -1.0 - (7 * last + token) % 5 for last in range(10) for token in range(10)}
 
@@ -79,7 +81,11 @@ def served(cluster: LocalCluster, tmp_path: Path) -> Iterator[Path]:
 
     _, plain = write_models(tmp_path)
     publish(Manifest.draft("model", str(plain), RunConfig(), {}), {})
-    stage.run(DeployConfig(storage_uri=str(tmp_path), model_uri=plain.name, port=cluster.endpoint_port))
+    document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    document["applications"][0]["args"] |= {"enforce_eager": True}
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(document))
+    given = {"storage_uri": str(tmp_path), "model_uri": plain.name, "port": cluster.endpoint_port}
+    stage.run(DeployConfig.model_validate(given | {"serve_config": str(tmp_path / "given.yaml")}))
     yield plain
     serve.shutdown()
 

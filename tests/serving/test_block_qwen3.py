@@ -1,8 +1,6 @@
 """vLLM answers from a model whose layers see chosen blocks as transformers does, however a prompt comes in."""
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import yaml
 
 from app.cluster import LocalCluster
 from app.models import load_model
+from tests.serving.engines import in_own_process
 from tests.serving.tiny import TEXT, VOCABULARY
 
 pytestmark = pytest.mark.slow
@@ -81,12 +80,8 @@ def refusal(folder: Path) -> str:
     return ""
 
 
-def served(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, asked: Sequence[Sequence[list[int]]], **arguments: Any
-) -> Any:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        found: list[list[Answer]] = pool.submit(answers, folder, asked, arguments).result()
+def served(folder: Path, asked: Sequence[Sequence[list[int]]], **arguments: Any) -> list[list[Answer]]:
+    found: list[list[Answer]] = in_own_process(answers, folder, asked, arguments)
     return found
 
 
@@ -101,34 +96,31 @@ def check(folder: Path, asked: Sequence[list[int]], found: Sequence[Answer]) -> 
             assert list(said.values()) == pytest.approx(row[list(said)].tolist(), abs=TOLERANCE), len(prompt)
 
 
-def test_greedy_answers_and_logprobs_are_those_of_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_answers_and_logprobs_are_those_of_transformers(folder: Path) -> None:
     """All prompts of a batch at once, each in one piece."""
-    (found,) = served(folder, monkeypatch, [prompts()], enable_prefix_caching=False)
+    (found,) = served(folder, [prompts()], enable_prefix_caching=False)
     check(folder, prompts(), found)
 
 
-@pytest.mark.parametrize("chunk", [37, 100])
-def test_prompts_in_chunks_and_cached_prefixes(folder: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_prompts_in_chunks_and_cached_prefixes(folder: Path) -> None:
     """Chunks begin anywhere in a block; the second batch begins as the first did, and finds that in the cache."""
     again = [[*prompt, 7, 8, 9] for prompt in prompts()]
     found = served(
-        folder, monkeypatch, [prompts(), again],
-        enable_prefix_caching=True, enable_chunked_prefill=True, max_num_batched_tokens=chunk, max_num_seqs=3,
+        folder, [prompts(), again],
+        enable_prefix_caching=True, enable_chunked_prefill=True, max_num_batched_tokens=37, max_num_seqs=3,
     )  # fmt: skip
     check(folder, prompts(), found[0])
     check(folder, again, found[1])
 
 
-def test_compiled_it_answers_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (found,) = served(folder, monkeypatch, [prompts()], enforce_eager=False)
+def test_compiled_it_answers_the_same(folder: Path) -> None:
+    (found,) = served(folder, [prompts()], enforce_eager=False)
     check(folder, prompts(), found)
 
 
-def test_without_our_plugin_vllm_refuses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_our_plugin_vllm_refuses(folder: Path) -> None:
     """It does not serve another model in its place."""
-    monkeypatch.setenv("VLLM_PLUGINS", "")
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        said = pool.submit(refusal, folder).result()
+    said = in_own_process(refusal, folder, VLLM_PLUGINS="")
     assert "model type `block_sparse_qwen3` but Transformers does not recognize this architecture" in said
 
 
@@ -144,7 +136,7 @@ def test_the_endpoint_serves_it(cluster: LocalCluster, folder: Path) -> None:
 
     publish(Manifest.draft("model", str(folder), RunConfig(), {}), {})
     document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    document["applications"][0]["args"] |= {"adapters": {"folder": ""}}
+    document["applications"][0]["args"] |= {"adapters": {"folder": ""}, "enforce_eager": True}
     (folder / "serve.yaml").write_text(yaml.safe_dump(document))
     settings = {"model_uri": str(folder), "serve_config": str(folder / "serve.yaml"), "port": cluster.endpoint_port}
     settings |= {"timeout_seconds": 600}

@@ -80,6 +80,7 @@ def config_fixture(
         "max_body_bytes": MAX_BODY_BYTES,
         "audit": {"path": str(packed.parent / "audit")},
         "adapters": {"folder": str(adapters), "max_rank": 16},
+        "enforce_eager": True,  # tests/test_pipeline.py serves compiled
     }
     path = packed.parent / "given.yaml"
     path.write_text(yaml.safe_dump(document))

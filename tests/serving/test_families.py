@@ -1,8 +1,6 @@
 """vLLM answers from the model families that training makes as transformers does."""
 
 import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from app.models import load_model
 from app.serving.config import ServeConfig
 from app.serving.engine import engine_arguments, engine_environment
+from tests.serving.engines import in_own_process
 from tests.serving.tiny import TEXT, VOCABULARY
 
 pytestmark = pytest.mark.slow
@@ -109,15 +108,11 @@ def answers(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], dic
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_and_logprobs_are_those_of_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
-) -> None:
+def test_greedy_answers_and_logprobs_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     write_model(tmp_path, family)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in (5, 40, 150)]
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        served = pool.submit(answers, tmp_path, prompts).result()
+    served = in_own_process(answers, tmp_path, prompts)
     model = load_model(tmp_path)
     for prompt, (tokens, logprobs) in zip(prompts, served, strict=True):
         sequence = torch.tensor([prompt + tokens])
