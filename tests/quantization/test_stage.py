@@ -76,10 +76,11 @@ def test_the_same_seed_gives_the_same_weights_and_a_rerun_skips(root: Path, quan
 
 
 def test_gptq_rounds_what_awq_scaled(root: Path, quantized: Manifest) -> None:
-    """Other integers in the same layout; on held-out text no worse than to the nearest, but for noise."""
+    """Other integers in the same layout; the model stays closer to its source than when rounded to the nearest."""
     found = stage.run(settings(root, rounding="gptq", output_uri="gptq"))
     assert found.figures["linear_percent"] == quantized.figures["linear_percent"]
-    assert found.figures["loss_percent"] < quantized.figures["loss_percent"] + 0.1
+    assert abs(found.figures["loss_percent"]) < abs(quantized.figures["loss_percent"])
+    assert found.figures["same_next_token_percent"] > quantized.figures["same_next_token_percent"]
     name = "model.layers.0.self_attn.q_proj.weight_packed"
     packed = []
     for folder in ("quantized", "gptq"):
@@ -97,7 +98,7 @@ def test_autoawq_ends_in_the_same_layout(root: Path, quantized: Manifest) -> Non
     layouts, weights = [], []
     for name in ("quantized", "autoawq"):
         layouts.append(json.loads((root / name / "config.json").read_text())["quantization_config"])
-        with safe_open(root / name / "model.safetensors", "np") as file:
+        with safe_open(root / name / "model.safetensors", "pt") as file:
             weights.append({key: file.get_tensor(key) for key in sorted(file.keys())})
     assert layouts[0] == layouts[1]
     assert list(weights[0]) == list(weights[1])

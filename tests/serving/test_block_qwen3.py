@@ -113,11 +113,6 @@ def test_prompts_in_chunks_and_cached_prefixes(folder: Path) -> None:
     check(folder, again, found[1])
 
 
-def test_compiled_it_answers_the_same(folder: Path) -> None:
-    (found,) = served(folder, [prompts()], enforce_eager=False)
-    check(folder, prompts(), found)
-
-
 def test_without_our_plugin_vllm_refuses(folder: Path) -> None:
     """It does not serve another model in its place."""
     said = in_own_process(refusal, folder, VLLM_PLUGINS="")
@@ -126,7 +121,7 @@ def test_without_our_plugin_vllm_refuses(folder: Path) -> None:
 
 @pytest.mark.ray
 def test_the_endpoint_serves_it(cluster: LocalCluster, folder: Path) -> None:
-    """Ray Serve's replicas know the family, too."""
+    """Ray Serve's replicas know the family, too, and compile it."""
     from ray import serve
 
     from app.artifacts import Manifest, publish
@@ -136,7 +131,7 @@ def test_the_endpoint_serves_it(cluster: LocalCluster, folder: Path) -> None:
 
     publish(Manifest.draft("model", str(folder), RunConfig(), {}), {})
     document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    document["applications"][0]["args"] |= {"adapters": {"folder": ""}, "enforce_eager": True}
+    document["applications"][0]["args"] |= {"adapters": {"folder": ""}}
     (folder / "serve.yaml").write_text(yaml.safe_dump(document))
     settings = {"model_uri": str(folder), "serve_config": str(folder / "serve.yaml"), "port": cluster.endpoint_port}
     settings |= {"timeout_seconds": 600}

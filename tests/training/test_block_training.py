@@ -125,6 +125,7 @@ def test_it_learns_and_its_model_scores_what_training_scored(trained: Path) -> N
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_settings_of_how_change_no_loss(trained: Path, tmp_path: Path) -> None:
     """From the exported folder, under ZeRO 0 and 3."""
     from app.training import stage

@@ -112,6 +112,7 @@ def test_the_bias_is_exported_and_scores_what_the_trainer_reported(trained: Path
     assert log_of(trained)[-1]["held_out_bits_per_byte"] == pytest.approx(scores["held_out_bits_per_byte"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_killed_job_submitted_again_changes_nothing(trained: Path, cluster: LocalCluster, tmp_path: Path) -> None:
     kill_and_submit_again(tmp_path, trained, cluster, **CHANGES)
     assert_equal_runs(tmp_path, trained)
@@ -142,9 +143,9 @@ def test_it_goes_on_from_a_hugging_face_folder(trained: Path, continued: Path) -
     "changes",
     [
         {"num_workers": 1, "micro_batch_sequences": 8, "zero_stage": 0},
-        {"zero_stage": 1, "activation_checkpointing": True},
+        pytest.param({"zero_stage": 1, "activation_checkpointing": True}, marks=pytest.mark.long),
         {"zero_stage": 2, "offload_optimizer": "cpu", "micro_batch_sequences": 3},
-        {"validation": "async"},
+        pytest.param({"validation": "async"}, marks=pytest.mark.long),
     ],
     ids=str,
 )
@@ -160,7 +161,7 @@ def test_the_bias_does_not_depend_on(trained: Path, continued: Path, tmp_path: P
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage_of_zero", [1, 3])
+@pytest.mark.parametrize("stage_of_zero", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_other_workers_go_on_with_the_bias(trained: Path, continued: Path, tmp_path: Path, stage_of_zero: int) -> None:
     """Two workers stop at step 2, one goes on: by way of a universal checkpoint."""
     changes = short(trained) | {"zero_stage": stage_of_zero}

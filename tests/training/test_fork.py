@@ -24,6 +24,7 @@ def test_an_empty_run_is_not_copied(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_copy_goes_on_as_the_run_would_have(cluster: LocalCluster, tmp_path: Path) -> None:
     whole, part, same, other = (tmp_path / name for name in ("whole", "part", "same", "other"))
     write_inputs(tmp_path)

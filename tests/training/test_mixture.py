@@ -88,6 +88,7 @@ def test_its_checkpoint_is_as_large_as_planned(trained: Path) -> None:
     assert sum(path.stat().st_size for path in files) == pytest.approx(checkpoint_bytes(config, total), rel=0.1)
 
 
+@pytest.mark.long
 def test_a_killed_job_submitted_again_changes_nothing(trained: Path, cluster: LocalCluster, tmp_path: Path) -> None:
     kill_and_submit_again(tmp_path, trained, cluster, **CHANGES)
     assert_equal_runs(tmp_path, trained)
@@ -114,7 +115,13 @@ def test_it_goes_on_from_a_hugging_face_folder(trained: Path, continued: Path) -
     assert {"expert_load_max", "balance_loss"} <= log_of(continued)[0].keys()
 
 
-@pytest.mark.parametrize("changes", [{"zero_stage": 0}, {"activation_checkpointing": True, "offload_optimizer": "cpu"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"zero_stage": 0}, marks=pytest.mark.long),
+        {"activation_checkpointing": True, "offload_optimizer": "cpu"},
+    ],
+)
 def test_the_loss_does_not_depend_on(trained: Path, continued: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """As for dense models, and neither does the load."""
     lines, wanted = log_of(go_on(trained, tmp_path, **changes)), log_of(continued)

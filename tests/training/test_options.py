@@ -47,10 +47,10 @@ def losses(root: Path) -> list[float]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"zero_stage": 0},
+        pytest.param({"zero_stage": 0}, marks=pytest.mark.long),
         {"zero_stage": 1, "offload_optimizer": "cpu"},
         {"offload_parameters": "cpu", "offload_optimizer": "cpu"},
-        {"zero_stage": 2, "activation_checkpointing": True},
+        pytest.param({"zero_stage": 2, "activation_checkpointing": True}, marks=pytest.mark.long),
         {"micro_batch_sequences": 3, "attention": "eager"},  # the last micro-batch is filled up with rows of no weight
     ],
     ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()),

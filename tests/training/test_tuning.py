@@ -22,7 +22,7 @@ from tests.conversations.tiny import CONTEXT_TOKENS, preferences, records, write
 from tests.training.runs import finish, start, wait_for_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-STEPS, HELD_OUT = 160, 0.1
+STEPS, HELD_OUT = 240, 0.1  # an adapter of rank 1 needs them to tell the answers apart
 ADAPTER: dict[str, Any] = {
     "adapter": {"rank": 1, "alpha": 8},
     "optimizer": {"learning_rate": 1e-2, "warmup_steps": 5, "weight_decay": 0.0},
@@ -160,6 +160,7 @@ def test_a_merged_adapter_says_the_same(inputs: Path, adapted: Path) -> None:
     assert (expected - base).abs().max() > 0.1
 
 
+@pytest.mark.long
 def test_a_killed_adapter_run_submitted_again_changes_nothing(
     inputs: Path, adapted: Path, cluster: LocalCluster, tmp_path: Path
 ) -> None:
