@@ -22,10 +22,11 @@ from tests.conversations.tiny import CONTEXT_TOKENS, preferences, records, write
 from tests.training.runs import finish, start, wait_for_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-STEPS, HELD_OUT = 240, 0.1  # an adapter of rank 1 needs them to tell the answers apart
+STEPS, HELD_OUT = 320, 0.1  # an adapter of rank 1 needs them to tell the answers apart
 ADAPTER: dict[str, Any] = {
     "adapter": {"rank": 1, "alpha": 8},
-    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 5, "weight_decay": 0.0},
+    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 20, "weight_decay": 0.0},
+    "correction": {"spike_score": 0},  # so few weights at so high a rate: the loss jumps, and comes back by itself
 }
 
 
@@ -200,6 +201,7 @@ def test_an_adapter_is_learned_beside_weights_of_4_bits(inputs: Path, tmp_path: 
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     given = ADAPTER | {"adapter": ADAPTER["adapter"] | {"load_in_4bit": True}, "zero_stage": 2}
+    given |= {"num_steps": STEPS // 2}
     manifest = train(inputs, tmp_path, **given, output_uri="adapters/json")
     reported = float(str(manifest.figures["held_out_bits_per_byte"]))
     assert reported < 0.2 * first_loss(inputs)
