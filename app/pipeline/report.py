@@ -75,10 +75,10 @@ def render(rows: Sequence[Row], made: Mapping[str, Made], error: str) -> str:
 
 
 def _changes(before: Mapping[str, object], after: Mapping[str, object]) -> Iterator[tuple[str, float, float, str]]:
-    """The figures that both evaluations have, and by how much they differ."""
+    """What both evaluations measured, with an interval, of their models; and by how much it differs."""
     for name, value in before.items():
         now = after.get(name)
-        if isinstance(value, int | float) and isinstance(now, int | float):
+        if f"{name}_interval" in before and isinstance(value, int | float) and isinstance(now, int | float):
             yield name, value, now, f"{100 * (now / value - 1):+.2f} %" if value else ""
 
 

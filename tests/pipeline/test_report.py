@@ -72,6 +72,18 @@ def test_the_page_has_the_gates_the_figures_and_the_pages_of_the_stages(run: dic
     assert "http" not in text
 
 
+def test_both_evaluations_are_compared_where_they_measured_the_same(tmp_path: Path) -> None:
+    both = {}
+    for name, bits in (("evaluate_model", 2.0), ("evaluate_quantized", 2.5)):
+        figures = {"bits_per_byte": bits, "bits_per_byte_interval": {"low": 1, "high": 3}, "documents": 7}
+        both[name] = Made(made(tmp_path, "report", name, figures))
+    both["evaluate_model"].manifest.figures["bleu"] = 1.0
+    text = render([], both, "")
+    table = text[text.index("<h2>Before and after quantization</h2>") : text.index("<section")]
+    assert "<td>bits_per_byte</td><td class=number>2</td><td class=number>2.5</td><td>+25.00 %</td>" in table
+    assert table.count("<tr>") == 2
+
+
 def test_a_run_that_failed_says_where(run: dict[str, Manifest]) -> None:
     text = render([], {"prepare_corpus": Made(run["prepare_corpus"])}, "train_tokenizer: no <text>")
     assert "<p class=warning>The run did not end: train_tokenizer: no &lt;text&gt;</p>" in text
