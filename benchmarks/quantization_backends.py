@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--group_sizes", nargs="+", type=int, default=[64, 32])
     parser.add_argument("--runs", type=int, default=3, help="rounds; medians are printed")
     parser.add_argument("--windows", type=int, default=4, help=f"of {WINDOW_TOKENS} tokens to calibrate with")
-    parser.add_argument("--rounding", choices=["nearest", "gptq"], default="nearest", help="of the scaled weights")
+    parser.add_argument("--rounding", choices=["gptq", "nearest"], default="gptq", help="of the scaled weights")
     parser.add_argument("--child", nargs=3, metavar=("BACKEND", "FOLDER", "SETTINGS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -22,8 +22,8 @@ class QuantizeConfig(RunConfig):
         128, description="weights that share a scale; must divide all input widths"
     )
     symmetric: bool = Field(False, description="scales only, instead of scales and zero points")
-    rounding: Literal["nearest", "gptq"] = Field(
-        "nearest", description="of the scaled weights; gptq, after the scales, makes up for errors: less lost, slower"
+    rounding: Literal["gptq", "nearest"] = Field(
+        "gptq", description="of the scaled weights; gptq makes up for errors in later columns, nearest is AWQ alone"
     )
     ignore: list[str] = Field(["lm_head"], description="linear layers left as they are, by name or re:pattern")
     num_calibration_samples: int = Field(64, ge=1, description="windows of clean text that AWQ looks at")
