@@ -3,18 +3,22 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import yaml
 
 from app.artifacts import read_manifest
 from app.cluster import LocalCluster
+from app.training import checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,3 +214,47 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def _train(cluster: LocalCluster, root: Path, source: Path) -> subprocess.Popen[str]:
+    """A training job of its own on the pipeline's tokens."""
+    config = root / "train.yaml"
+    root.mkdir()
+    inputs = {"tokens_uri": f"{source}/tokens", "tokenizer_uri": f"{source}/tokenizer"}
+    config.write_text(yaml.safe_dump({**TRAIN, **inputs, "wandb_mode": "disabled"}))
+    command = [sys.executable, "jobs/train_model.py", "--config", str(config), "--storage_uri", str(root)]
+    environment = os.environ | cluster.environment
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment
+    )
+
+
+def _workers(cluster: LocalCluster) -> list[psutil.Process]:
+    family = psutil.Process(cluster.pid).children(recursive=True)
+    return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+@pytest.mark.long
+def test_a_killed_worker_changes_nothing(run: dict[str, Any], cluster: LocalCluster) -> None:
+    """SIGKILL after the first checkpoint: losses and weights equal those of the undisturbed run, bit for bit."""
+    root = run["root"].parent / f"{run['root'].name}-killed"
+    job = _train(cluster, root, run["root"])
+    deadline = time.monotonic() + 240
+    while not checkpoint.find_complete(f"{root}/checkpoints"):
+        assert job.poll() is None, job.stdout and job.stdout.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    victims = _workers(cluster)
+    assert len(victims) == 2
+    os.kill(victims[-1].pid, signal.SIGKILL)
+    output, _ = job.communicate(timeout=400)
+    assert job.returncode == 0, output[-3000:]
+    for field in ("loss", "learning_rate", "grad_norm"):
+        undisturbed, disturbed = (
+            [json.loads(line)[field] for line in (path / "model" / "training_log.jsonl").read_text().splitlines()]
+            for path in (run["root"], root)
+        )
+        assert undisturbed == disturbed
+    weights = [(path / "model" / "model.safetensors").read_bytes() for path in (run["root"], root)]
+    assert weights[0] == weights[1]
+    assert read_manifest(f"{root}/model", "model").figures["restarts"] == 1

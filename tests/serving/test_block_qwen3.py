@@ -102,15 +102,22 @@ def test_greedy_answers_and_logprobs_are_those_of_transformers(folder: Path) -> 
     check(folder, prompts(), found)
 
 
-def test_prompts_in_chunks_and_cached_prefixes(folder: Path) -> None:
+@pytest.mark.parametrize("chunk", [37, 100])
+def test_prompts_in_chunks_and_cached_prefixes(folder: Path, chunk: int) -> None:
     """Chunks begin anywhere in a block; the second batch begins as the first did, and finds that in the cache."""
     again = [[*prompt, 7, 8, 9] for prompt in prompts()]
     found = served(
         folder, [prompts(), again],
-        enable_prefix_caching=True, enable_chunked_prefill=True, max_num_batched_tokens=37, max_num_seqs=3,
+        enable_prefix_caching=True, enable_chunked_prefill=True, max_num_batched_tokens=chunk, max_num_seqs=3,
     )  # fmt: skip
     check(folder, prompts(), found[0])
     check(folder, again, found[1])
+
+
+@pytest.mark.long
+def test_compiled_it_answers_the_same(folder: Path) -> None:
+    (found,) = served(folder, [prompts()], enforce_eager=False)
+    check(folder, prompts(), found)
 
 
 def test_without_our_plugin_vllm_refuses(folder: Path) -> None:

@@ -75,7 +75,7 @@ def deploy_fixture(
         "ingress_replicas": 2,
         "min_replicas": 2,
         "max_replicas": 2,
-        "enforce_eager": True,  # engines start in half the time
+        "enforce_eager": True,  # tests/test_pipeline.py serves compiled
     }
 
     def deploy(**changes: Any) -> None:
