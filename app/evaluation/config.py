@@ -32,6 +32,17 @@ class ChoiceConfig(Config):
         return self
 
 
+class SpeedConfig(Config):
+    """How fast the endpoint's engine, vLLM, decodes the model; not measured without batch sizes."""
+
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([], description="sequences at once, as [1, 8, 32]")
+    prompt_tokens: int = Field(32, ge=1, description="of each sequence, from held-out documents")
+    new_tokens: int = Field(64, ge=1, description="decoded for each sequence")
+    num_runs: int = Field(5, ge=1, description="of each batch size, after one that does not count")
+    num_gpus: int = Field(1, ge=1, description="that share the model; on a CPU it has all cores but one")
+    enforce_eager: bool = Field(False, description="do not compile: a faster start, and slower steps")
+
+
 class EvaluateConfig(RunConfig):
     """Settings of `evaluate_model`."""
 
@@ -45,6 +56,7 @@ class EvaluateConfig(RunConfig):
     bertscore_dir: str = Field("", description="BERTScore's encoder, a folder on each node; none: the bundled one")
     bertscore_layer: int = Field(8, ge=0, description="of bertscore_dir: hidden states after this layer are compared")
     choices: list[ChoiceConfig] = Field([], description="benchmarks of questions with choices")
+    speed: SpeedConfig = SpeedConfig()
     num_workers: int = Field(2, ge=1, description="Ray actors that share the work; no figure depends on it")
 
     @model_validator(mode="after")
@@ -59,6 +71,8 @@ class EvaluateConfig(RunConfig):
         from app.artifacts import states  # fsspec is not needed to answer --help
 
         benchmarks = "".join(f", {one.name}" for one in self.choices)
+        if self.speed.batch_sizes:
+            benchmarks += f", tokens/s of {', '.join(map(str, self.speed.batch_sizes))} sequences at once"
         held_out = f"{self.resolve(self.corpus_uri)}/held_out"
         return [f"evaluate {self.resolve(self.model_uri)} on {held_out}{benchmarks}", *states(self)]
 

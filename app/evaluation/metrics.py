@@ -212,6 +212,15 @@ def accuracy(name: str, protocol: str, num_subjects: int) -> Measure:
     return Measure(name, protocol, {"is_right": "float64", "subject": "int64"}, rows, score)
 
 
+def speed(batch: int, num_tokens: int, ran_on: str) -> Measure:
+    """Tokens a second of runs that took so many seconds, each for as many tokens."""
+
+    def rows(seconds: Sequence[float]) -> Numbers:
+        return np.array([[num_tokens, one] for one in seconds])
+
+    return Measure(f"tokens_per_second_{batch}", ran_on, {"seconds": "float64"}, rows, lambda sums: sums[0] / sums[1])
+
+
 def ngrams(units: Sequence[str], order: int) -> list[tuple[str, ...]]:
     """All runs of that many units."""
     return list(zip(*(units[start:] for start in range(order)), strict=False))

@@ -29,6 +29,7 @@ EXPLANATIONS = {
     "distinct_2": "share of different pairs",
     "repetition": "share of runs of 4 units that a continuation had before; lower is better",
     "continuations": "documents continued",
+    "tokens_per_second": "decoded by the endpoint's engine, this many sequences at once; n runs",
 }
 
 
@@ -77,10 +78,12 @@ def render(content: Content) -> str:
 
 
 def _row(name: str, figure: Figure | float) -> str:
-    about, name = EXPLANATIONS.get(name, ""), name.replace("_", "_<wbr>")  # else too wide for a phone
+    about = EXPLANATIONS.get(name) or EXPLANATIONS.get(name.rpartition("_")[0], "")
+    name = name.replace("_", "_<wbr>")  # else too wide for a phone
     if not isinstance(figure, Figure):
         return f"<tr><td>{name}<small>{about}</small><td class=number>{figure:g}</tr>"
-    cut = f"<small>tokenisation: {html.escape(figure.tokenisation)}</small>"
+    what = "measured on" if name.startswith("tokens_") else "tokenisation"
+    cut = f"<small>{what}: {html.escape(figure.tokenisation)}</small>"
     interval = f"<small>{figure.low:.4g} – {figure.high:.4g}<br>n {figure.n:,}</small>"
     return f"<tr><td>{name}<small>{about}</small>{cut}<td class=number>{figure.value:g}{interval}</tr>"
 

@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from app import cluster, storage
 from app.artifacts import EVALUATION, Input, Manifest, clear, find_complete, publish, raw_inputs, read_manifest
 from app.documents import sample_texts
-from app.evaluation import decontamination, metrics, report
-from app.evaluation.config import ChoiceConfig, EvaluateConfig
+from app.evaluation import decontamination, metrics, report, speed
+from app.evaluation.config import ChoiceConfig, EvaluateConfig, SpeedConfig
 from app.evaluation.generation import Workers
 from app.evaluation.metrics import Figure
 from app.models import encode, load_tokenizer
@@ -51,6 +53,7 @@ def run(config: EvaluateConfig) -> Manifest:
         samples = _continue(workers, held_out, config)
         found = [_ask(workers, one, shots, figures) for one in benchmarks for shots in one.shots]
         figures |= _compare(workers, samples, config) if samples else {}
+    figures |= _decode(model.uri, held_out, config) if config.speed.batch_sizes else {}
     states = {"held-out documents": decontamination.state_of_held_out(corpus)}
     states["evaluation items in the corpus"] = decontamination.state_of_corpus(corpus)
     states |= {name: decontamination.state_of(files, corpus) for name, files in asked.items()}
@@ -128,6 +131,24 @@ def _compare(workers: Workers, samples: list[tuple[str, str, str]], config: Eval
     columns = {"predictions": continuations, "references": originals}
     found = {measure.name: _rounded(figure_of(measure, **columns)) for measure in measures}
     return {"continuations": len(samples), **found}
+
+
+def _decode(model_uri: str, held_out: list[str], config: EvaluateConfig) -> Figures:
+    """Tokens a second, when the readers have given back what they held: a process of its own has the engine."""
+    from app.evaluation.modules import figure_of
+
+    batches, num_gpus = config.speed.batch_sizes, config.speed.num_gpus if cluster.has_gpu() else 0
+    logger.info("decoding %s sequences at once", ", ".join(map(str, batches)))
+    task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_calls=1)(_decode_there)
+    ran_on, runs = ray.get(task.remote(model_uri, held_out, config.speed))
+    measures = [metrics.speed(batch, batch * config.speed.new_tokens, ran_on) for batch in batches]
+    figures = [figure_of(measure, seconds=seconds) for measure, seconds in zip(measures, runs, strict=True)]
+    return {measure.name: _rounded(figure) for measure, figure in zip(measures, figures, strict=True)}
+
+
+def _decode_there(model_uri: str, texts: list[str], config: SpeedConfig) -> tuple[str, list[list[float]]]:
+    with storage.local_copy(model_uri) as folder:
+        return speed.decode(folder, encode(load_tokenizer(folder), texts), config)
 
 
 def _ask(workers: Workers, benchmark: ChoiceConfig, shots: int, figures: Figures) -> report.Benchmark:

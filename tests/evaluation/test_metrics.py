@@ -129,3 +129,12 @@ def test_modules_of_evaluate_give_the_same_and_need_no_network() -> None:
     (bits, _) = metrics.likelihood_measures()
     found = Module(bits).compute(nats=[math.log(2)], num_bytes=[1], num_tokens=[1])
     assert found["value"] == pytest.approx(1)
+
+
+def test_tokens_a_second_are_those_of_all_runs_together() -> None:
+    measure = metrics.speed(2, 128, "an engine")
+    figure = metrics.evaluate(measure, measure.rows([1.0, 3.0]))
+    assert measure.name == "tokens_per_second_2"
+    assert figure.value == 256 / 4
+    assert (figure.low, figure.high) == (128 / 3, 128 / 1)
+    assert (figure.n, figure.tokenisation) == (2, "an engine")

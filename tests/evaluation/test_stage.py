@@ -64,6 +64,21 @@ def test_one_worker_and_three_give_the_same_report(cluster: object, root: Path) 
     assert not list(root.glob("*-shards"))
 
 
+def test_the_speed_of_the_endpoints_engine_is_told(cluster: object, root: Path) -> None:
+    speed = {"batch_sizes": [1, 3], "prompt_tokens": 4, "new_tokens": 8, "num_runs": 2, "enforce_eager": True}
+    manifest = stage.run(settings(root, output_uri="fast", num_continuations=0, max_documents=8, speed=speed))
+    for batch in (1, 3):
+        interval = manifest.figures[f"tokens_per_second_{batch}_interval"]
+        assert 0 < interval["low"] <= manifest.figures[f"tokens_per_second_{batch}"] <= interval["high"]
+        assert interval["n"] == 2
+        assert interval["tokenisation"].startswith("vLLM ")
+    page = (root / "fast" / "report.html").read_text()
+    assert page.count("decoded by the endpoint's engine") == 2
+    too_long = speed | {"prompt_tokens": 100_000}
+    with pytest.raises(ValueError, match=r"speed\.prompt_tokens: no held-out document has 100000 tokens"):
+        stage.run(settings(root, output_uri="slow", num_continuations=0, max_documents=8, speed=too_long))
+
+
 def test_the_score_of_known_logits_is_exact(cluster: object, root: Path) -> None:
     """The model prefers B whatever is asked: right are questions 1, 5, … of the 50 of each subject."""
     asked = choices(max_questions=48)
