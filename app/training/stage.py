@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -49,6 +50,9 @@ CPU_ENVIRONMENT = {
 FLOAT8 = {"float8": "torchao"}  # an overlay, and a package in it
 RECORD = "run.json"  # settings and data of the run that a folder holds
 RAY_RECORD = "checkpoint_manager_snapshot.json"
+# Ray Train starts an elastic run with as many workers as a list of nodes has room for that it renews every 20 s. Where
+# a node of it is gone, it finds out only when this time is over; 60 s unless set.
+START_TIMEOUT = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")
 _TYPE = "accelerator_type:"  # Ray has a resource of that name and the GPU's
 STOPPED = 143  # exit code after SIGTERM
 HOW_NOT_WHAT = {  # settings that a run may go on with when they have changed
@@ -221,6 +225,8 @@ def _score(checkpoint: Any, step: int, job: dict[str, Any]) -> dict[str, float]:
 def _trainer(config: TrainConfig, job: dict[str, Any]) -> TorchTrainer:
     use_gpu = job["use_gpu"]
     elastic = 0 < config.min_workers < config.num_workers
+    if elastic:
+        os.environ.setdefault(*START_TIMEOUT)
     is_async = config.validation == "async"
     task = ray.train.ValidationTaskConfig(fn_kwargs={"job": job})
     folder, name = job["run_uri"].rsplit("/", 1)  # Ray scores only checkpoints below its own folder
