@@ -11,6 +11,7 @@ from app.cluster import PRIVATE, LocalCluster, LocalClusterConfig, connect, star
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.update(PRIVATE)  # before the first `import ray`
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how soon a run's end is seen; 2 s unless set
 settings.register_profile("unhurried", deadline=None)  # tests check what is done, not how fast
 settings.load_profile("unhurried")
 

@@ -41,8 +41,10 @@ def train_on_full_disk(job: dict[str, Any], part: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("part", "kept"),
-    [("/step-00000020-", 10), ("/step-00000030-0001/zero_pp_rank_1_", 20)],
-    ids=["of all workers", "of one, at the last step"],
+    [
+        pytest.param("/step-00000020-", 10, id="of all workers", marks=pytest.mark.long),
+        pytest.param("/step-00000030-0001/zero_pp_rank_1_", 20, id="of one, at the last step"),
+    ],
 )
 def test_a_full_disk(
     cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, kept: int

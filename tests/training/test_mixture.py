@@ -115,13 +115,8 @@ def test_it_goes_on_from_a_hugging_face_folder(trained: Path, continued: Path) -
     assert {"expert_load_max", "balance_loss"} <= log_of(continued)[0].keys()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"zero_stage": 0}, marks=pytest.mark.long),
-        {"activation_checkpointing": True, "offload_optimizer": "cpu"},
-    ],
-)
+@pytest.mark.long  # test_deepseek.py has others
+@pytest.mark.parametrize("changes", [{"zero_stage": 0}, {"activation_checkpointing": True, "offload_optimizer": "cpu"}])
 def test_the_loss_does_not_depend_on(trained: Path, continued: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """As for dense models, and neither does the load."""
     lines, wanted = log_of(go_on(trained, tmp_path, **changes)), log_of(continued)

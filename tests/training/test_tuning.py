@@ -43,8 +43,8 @@ def settings(inputs: Path, root: Path, **changes: Any) -> dict[str, Any]:
         "num_steps": STEPS,
         "global_batch_sequences": 8,
         "micro_batch_sequences": 4,
-        "checkpoint_interval_steps": 20,
-        "evaluation_interval_steps": 20,
+        "checkpoint_interval_steps": 40,
+        "evaluation_interval_steps": 80,
         "wandb_mode": "disabled",
     }
     return {**given, **changes}
@@ -69,9 +69,9 @@ def inputs(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All weights tuned."""
+    """All weights tuned, by one worker: half the time of two."""
     root = tmp_path_factory.mktemp("whole")
-    train(inputs, root)
+    train(inputs, root, num_workers=1, micro_batch_sequences=8, zero_stage=0)
     return root
 
 
@@ -157,7 +157,7 @@ def test_a_merged_adapter_says_the_same(inputs: Path, adapted: Path) -> None:
         expected, found, base = (
             model(ids).logits for model in (beside, load(adapted / "merged"), load(inputs / "base"))
         )
-    assert (expected - found).abs().max() < 1e-4
+    assert (expected - found).abs().max() < 2e-5 * expected.abs().max()  # float32 rounds in proportion
     assert (expected - base).abs().max() > 0.1
 
 
@@ -167,7 +167,7 @@ def test_a_killed_adapter_run_submitted_again_changes_nothing(
 ) -> None:
     given = settings(inputs, tmp_path, **ADAPTER, output_uri="adapters/json")
     job = start(tmp_path, inputs, cluster, **given)
-    wait_for_checkpoint(tmp_path, job, 20)
+    wait_for_checkpoint(tmp_path, job, 40)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
     said = finish(start(tmp_path, inputs, cluster, **given))
