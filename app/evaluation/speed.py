@@ -38,12 +38,9 @@ def decode(model_dir: Path, documents: Sequence[Sequence[int]], config: SpeedCon
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         settings = {"dtype": "auto", "tensor_parallel_size": config.num_gpus}
-        ran_on = f"{config.num_gpus} × {torch.cuda.get_device_name()}"
     else:
-        num_threads = max(1, len(os.sched_getaffinity(0)) - 1)  # the endpoint leaves a core to others, too
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))  # the endpoint leaves a core to others, too
         settings = {"dtype": "float32", "kv_cache_memory_bytes": CACHE_BYTES}
-        ran_on = f"CPU, threads: {num_threads}"
     engine = vllm.LLM(
         str(model_dir),
         load_format="safetensors",
@@ -66,4 +63,7 @@ def decode(model_dir: Path, documents: Sequence[Sequence[int]], config: SpeedCon
     for batch in config.batch_sizes:
         seconds(batch)
         found.append([seconds(batch) for _ in range(config.num_runs)])
+    ran_on = (
+        f"{config.num_gpus} × {torch.cuda.get_device_name()}" if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    )
     return f"vLLM {vllm.__version__}, {ran_on}", found

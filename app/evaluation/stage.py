@@ -142,8 +142,7 @@ def _decode(model_uri: str, held_out: list[str], config: EvaluateConfig) -> Figu
     task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_calls=1)(_decode_there)
     ran_on, runs = ray.get(task.remote(model_uri, held_out, config.speed))
     measures = [metrics.speed(batch, batch * config.speed.new_tokens, ran_on) for batch in batches]
-    figures = [figure_of(measure, seconds=seconds) for measure, seconds in zip(measures, runs, strict=True)]
-    return {measure.name: _rounded(figure) for measure, figure in zip(measures, figures, strict=True)}
+    return {one.name: _rounded(figure_of(one, seconds=seconds)) for one, seconds in zip(measures, runs, strict=True)}
 
 
 def _decode_there(model_uri: str, texts: list[str], config: SpeedConfig) -> tuple[str, list[list[float]]]:

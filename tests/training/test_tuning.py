@@ -151,13 +151,13 @@ def test_a_merged_adapter_says_the_same(inputs: Path, adapted: Path) -> None:
     merged = train(inputs, adapted, **given, output_uri="merged")
     assert merged.kind == "model"
     assert len(journal.read_events(f"{adapted}/checkpoints", "first_step")) == 1
-    beside = load(inputs / "base", adapted / "adapters" / "json")
+    beside = load(inputs / "base", adapted / "adapters" / "json").double()  # rounding is the merged weights' alone
     ids = torch.randint(4, 300, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, found, base = (
-            model(ids).logits for model in (beside, load(adapted / "merged"), load(inputs / "base"))
+            model(ids).logits for model in (beside, load(adapted / "merged").double(), load(inputs / "base").double())
         )
-    assert (expected - found).abs().max() < 2e-5 * expected.abs().max()  # float32 rounds in proportion
+    assert (expected - found).abs().max() < 1e-4
     assert (expected - base).abs().max() > 0.1
 
 
