@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 
 from app.cluster import PRIVATE, LocalCluster, LocalClusterConfig, connect, start_local, stop_local
+from tests import warm_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.update(PRIVATE)  # before the first `import ray`
@@ -22,14 +23,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     import ray
 
     folder = tmp_path_factory.mktemp("cluster")
-    running = start_local(LocalClusterConfig(folder=str(folder), num_cpus=4))
     before = dict(os.environ)
-    os.environ.update(running.environment)
-    try:
-        connect()
-        yield running
-    finally:
-        ray.shutdown()
-        stop_local(folder)
-        os.environ.clear()
-        os.environ.update(before)
+    with warm_workers.forking() as forked:
+        running = start_local(LocalClusterConfig(folder=str(folder), num_cpus=4))
+        os.environ.update(running.environment | forked)
+        try:
+            connect()
+            yield running
+        finally:
+            ray.shutdown()
+            stop_local(folder)
+            os.environ.clear()
+            os.environ.update(before)

@@ -19,6 +19,7 @@ import yaml
 from app.artifacts import read_manifest
 from app.cluster import LocalCluster
 from app.training import checkpoint
+from tests.warm_workers import family
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +73,11 @@ def run(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "pack_tokens": {"block_tokens": 64},
         "train_model": TRAIN,
         "evaluate_model": {"num_continuations": 4, "prompt_tokens": 4, "continuation_tokens": 4},
-        "quantize_model": {"num_calibration_samples": 8, "max_loss_percent": 5},
+        "quantize_model": {
+            "num_calibration_samples": 8,
+            "max_loss_percent": 5,
+            "layer_group_sizes": {"re:.*self_attn": 64},
+        },
         "evaluate_quantized": {"num_continuations": 0},
         "deploy_model": {"port": cluster.endpoint_port},
         "check_parity": {"num_prompts": 4, "prompt_tokens": 12, "answer_tokens": 8},
@@ -230,8 +235,7 @@ def _train(cluster: LocalCluster, root: Path, source: Path) -> subprocess.Popen[
 
 
 def _workers(cluster: LocalCluster) -> list[psutil.Process]:
-    family = psutil.Process(cluster.pid).children(recursive=True)
-    return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+    return [process for process in family(cluster) if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
 @pytest.mark.long

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 PACKED = ".weight_packed"  # compressed-tensors: int32 words of eight 4-bit weights
 _PARTS = (PACKED, ".weight_scale", ".weight_zero_point", ".weight_shape")
+_SERVED_AS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
 
 
 def refuse_group_size(model_config: Mapping[str, Any], group_size: int) -> None:
@@ -31,6 +37,35 @@ def refuse_group_size(model_config: Mapping[str, Any], group_size: int) -> None:
         if width % group_size:
             fitting = [size for size in (32, 64, 128) if width % size == 0]
             raise ValueError(f"group_size: {group_size} does not divide the model's {name} {width}; use {fitting}")
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers."""
+    from torch.nn import Linear
+
+    return [name for name, module in model.named_modules() if isinstance(module, Linear)]
+
+
+def refuse_layer_group_sizes(layers: Iterable[str], config: QuantizeConfig) -> None:
+    """Raise ValueError when a pattern names no linear layer, or when one gets two sizes, alone or as it is served."""
+    unused = set(config.layer_group_sizes)
+    sizes: dict[str, set[int]] = defaultdict(set)
+    for layer in layers:
+        found = {pattern: size for pattern, size in config.layer_group_sizes.items() if _names(pattern, layer)}
+        unused -= set(found)
+        parent, _, name = layer.rpartition(".")
+        sizes[f"{parent}.{_SERVED_AS.get(name, name)}"] |= set(found.values()) or {config.group_size}
+    if unused:
+        raise ValueError(f"layer_group_sizes: {', '.join(sorted(unused))}: no linear layer has such a name")
+    if torn := next((layer for layer, found in sizes.items() if len(found) > 1), None):
+        raise ValueError(
+            f"layer_group_sizes: {torn} is one layer at the endpoint, and gets sizes {sorted(sizes[torn])}"
+        )
+
+
+def _names(pattern: str, layer: str) -> bool:
+    """As compressed-tensors reads it."""
+    return bool(re.match(pattern[3:], layer)) if pattern.startswith("re:") else pattern == layer
 
 
 def refuse_experts(model_config: Mapping[str, Any]) -> None:
@@ -96,13 +131,19 @@ def _rounding(config: QuantizeConfig) -> Any:
         "num_bits": 4,
         "type": "int",
         "strategy": "group",
-        "group_size": config.group_size,
         "symmetric": config.symmetric,
         "dynamic": False,
         "scale_dtype": torch.bfloat16,
     }
+    targets = defaultdict(list, {config.group_size: ["Linear"]})  # a layer's name comes before its class
+    for layers, size in config.layer_group_sizes.items():
+        targets[size].append(layers)
+    groups = {
+        f"groups_of_{size}": {"targets": names, "weights": weights | {"group_size": size}}
+        for size, names in targets.items()
+    }
     modifier = GPTQModifier if config.rounding == "gptq" else QuantizationModifier
-    return modifier(config_groups={"w4": {"targets": ["Linear"], "weights": weights}}, ignore=config.ignore)
+    return modifier(config_groups=groups, ignore=config.ignore)
 
 
 def _let_cpu_hosts_calibrate() -> None:

@@ -21,6 +21,9 @@ class QuantizeConfig(RunConfig):
     group_size: Literal[32, 64, 128] = Field(
         128, description="weights that share a scale; must divide all input widths"
     )
+    layer_group_sizes: dict[str, Literal[32, 64, 128]] = Field(
+        {}, description="other sizes, by name or re:pattern of linear layers: smaller where rounding costs most"
+    )
     symmetric: bool = Field(False, description="scales only, instead of scales and zero points")
     rounding: Literal["gptq", "nearest"] = Field(
         "gptq", description="of the scaled weights; gptq makes up for errors in later columns, nearest is AWQ alone"
@@ -36,9 +39,11 @@ class QuantizeConfig(RunConfig):
     seed: int = Field(0, ge=0, description="choice of the calibration text")
 
     @model_validator(mode="after")
-    def _autoawq_knows_no_patterns(self) -> QuantizeConfig:
+    def _autoawq_can_do_less(self) -> QuantizeConfig:
         if self.backend == "autoawq" and any(name.startswith("re:") for name in self.ignore):
             raise ValueError("ignore: AutoAWQ takes parts of names, not re:patterns; or use backend llm-compressor")
+        if self.backend == "autoawq" and self.layer_group_sizes:
+            raise ValueError("layer_group_sizes: AutoAWQ has one size for all; use backend llm-compressor")
         return self
 
     def plan(self) -> list[str]:
@@ -47,6 +52,7 @@ class QuantizeConfig(RunConfig):
 
         sizes = ", then ".join(map(str, self.group_sizes))
         what = f"quantize {self.resolve(self.model_uri)} to 4-bit AWQ by {self.backend}, groups of {sizes}"
+        what += "".join(f", {layers}: {size}" for layers, size in self.layer_group_sizes.items())
         return [f"{what}; gate at {self.max_loss_percent:+g} % bits per byte", *states(self)]
 
     @property

@@ -44,7 +44,7 @@ def run(config: QuantizeConfig) -> Manifest:
         model_config = json.load(file)
     refuse_experts(model_config)
     refuse_blocks(model_config)
-    for size in config.group_sizes:
+    for size in (*config.group_sizes, *config.layer_group_sizes.values()):
         refuse_group_size(model_config, size)
     clear(uri)
     cluster.connect()
@@ -85,6 +85,7 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
         model = load_model(model_dir, dtype).to(device)
         if hasattr(model.config, "quantization_config"):
             raise ValueError(f"model_uri: {model_uri} is quantized already; name the model it was made from")
+        awq.refuse_layer_group_sizes(awq.linear_layers(model), config)
         before, expected = bits_per_byte(model, tokenizer, held_out), next_tokens(model, tokenizer, held_out)
         window_tokens = min(model.config.max_position_embeddings, 2048)
         windows = awq.choose_windows(documents, config.num_calibration_samples, window_tokens, config.seed)

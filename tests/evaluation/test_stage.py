@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from app.artifacts import read_manifest
@@ -18,6 +17,7 @@ from app.evaluation.generation import Workers
 from tests.evaluation import known_logits
 from tests.evaluation.test_choices import write_cmmlu
 from tests.tiny_trained import UNTRAINED_BITS_PER_BYTE, write_artifacts, write_texts
+from tests.warm_workers import family
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -133,7 +133,7 @@ def test_a_killed_actor_changes_nothing(cluster: LocalCluster, root: Path, tmp_p
     def kill_one() -> None:
         while not list(tmp_path.glob("disturbed/*.json")):
             time.sleep(0.01)
-        actors = [p for p in psutil.Process(cluster.pid).children(recursive=True) if "_Reader" in " ".join(p.cmdline())]
+        actors = [p for p in family(cluster) if "_Reader" in " ".join(p.cmdline())]
         os.kill(actors[0].pid, signal.SIGKILL)
         killed.append(actors[0].pid)
 

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from app.quantization.awq import choose_windows, linear_sizes, refuse_blocks, refuse_experts, refuse_group_size
+from app.quantization.awq import (
+    choose_windows,
+    linear_sizes,
+    refuse_blocks,
+    refuse_experts,
+    refuse_group_size,
+    refuse_layer_group_sizes,
+)
+from app.quantization.config import QuantizeConfig
 
 
 def test_sizes_of_packed_linear_layers(tmp_path: Path) -> None:
@@ -52,3 +60,20 @@ def test_chosen_blocks_are_refused() -> None:
     refuse_blocks({"hidden_size": 256})
     with pytest.raises(ValueError, match="attention_block_tokens is not quantized yet"):
         refuse_blocks({"hidden_size": 256, "attention_block_tokens": 128})
+
+
+def test_sizes_of_layers_name_layers_that_can_be_served() -> None:
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj", "lm_head")
+    layers = [f"model.layers.{index}.{name}" for index in range(2) for name in names]
+
+    def refuse(sizes: dict[str, int]) -> None:
+        refuse_layer_group_sizes(layers, QuantizeConfig.model_validate({"layer_group_sizes": sizes}))
+
+    refuse({})
+    refuse({"re:.*self_attn": 32, "re:.*down_proj": 64, "model.layers.1.self_attn.o_proj": 32})
+    with pytest.raises(ValueError, match=r"re:down_proj: no linear layer has such a name"):  # it matches from the start
+        refuse({"re:down_proj": 32, "re:.*o_proj": 32})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.qkv_proj is one .* gets sizes \[32, 128\]"):
+        refuse({"model.layers.1.self_attn.v_proj": 32})
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj .* gets sizes \[32, 64\]"):
+        refuse({"re:.*down_proj": 64, "re:.*mlp": 32})

@@ -89,6 +89,19 @@ def test_gptq_keeps_closer_to_the_source_than_the_nearest(root: Path, quantized:
     assert (packed[0] != packed[1]).any()
 
 
+def test_layers_with_groups_of_their_own_are_served_so(root: Path, cluster: object) -> None:
+    """Scales by layer; what the stage measured with them is what vLLM's reader and the kernel are given."""
+    sizes = {"re:.*down_proj": 32, "re:.*self_attn": 64}
+    found = stage.run(settings(root, layer_group_sizes=sizes, output_uri="by-layer", rounding="nearest"))
+    assert found.figures["gate"] == "passed"
+    with safe_open(root / "by-layer" / "model.safetensors", "np") as file:
+        for name, size in (("mlp.down_proj", 32), ("self_attn.k_proj", 64), ("mlp.up_proj", 128)):
+            packed, scales = (file.get_slice(f"model.layers.1.{name}.weight_{part}") for part in ("packed", "scale"))
+            assert packed.get_shape()[1] * 8 == scales.get_shape()[1] * size
+    with pytest.raises(ValueError, match=r"re:.*attention: no linear layer has such a name"):
+        stage.run(settings(root, layer_group_sizes={"re:.*attention": 32}, output_uri="never"))
+
+
 def test_autoawq_ends_in_the_same_layout(root: Path, quantized: Manifest) -> None:
     """It searches otherwise than llm-compressor, so that the weights differ; what consumers read does not."""
     found = stage.run(settings(root, backend="autoawq", output_uri="autoawq"))
@@ -131,9 +144,11 @@ def test_autoawq_keeps_what_it_scales(root: Path, cluster: object) -> None:
     assert figures["gate"] == "passed"
 
 
-def test_autoawq_refuses_patterns() -> None:
+def test_autoawq_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="AutoAWQ takes parts of names, not re:patterns"):
         QuantizeConfig(backend="autoawq", ignore=["re:.*down_proj"])
+    with pytest.raises(ValueError, match="layer_group_sizes: AutoAWQ has one size for all"):
+        QuantizeConfig(backend="autoawq", layer_group_sizes={"re:.*down_proj": 32})
 
 
 def test_the_gate_is_a_limit_that_nothing_unknown_passes() -> None:

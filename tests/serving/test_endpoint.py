@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -27,6 +26,7 @@ from app.cluster import LocalCluster
 from app.serving import auth
 from app.serving.config import DeployConfig, Limits
 from tests.listening import assert_private
+from tests.warm_workers import family
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -274,7 +274,7 @@ def test_the_replica_reports_4_bit_weights_at_work(client: openai.OpenAI, cluste
 def test_the_model_runs_in_the_engines_own_process(client: openai.OpenAI, cluster: LocalCluster) -> None:
     """Another one for it would have the engine wait in a loop, on a core that others need."""
     client.completions.create(model=MODEL, prompt="孔明", max_tokens=2)
-    names = [process.name() for process in psutil.Process(cluster.pid).children(recursive=True)]
+    names = [process.name() for process in family(cluster)]
     assert {name for name in names if name.startswith("VLLM::")} == {"VLLM::EngineCore"}
 
 
@@ -588,7 +588,7 @@ def test_without_its_engine_the_endpoint_is_not_ready_until_another_runs(
     prefix = f"ray::ServeReplica:{MODEL}:StreamServer:{MODEL}"
     engines = [
         process
-        for process in psutil.Process(cluster.pid).children(recursive=True)
+        for process in family(cluster)
         if process.name() and process.cmdline() and process.cmdline()[0].rstrip().split(".")[0] == prefix
     ]
     assert len(engines) == 1

@@ -29,6 +29,7 @@ from app.serving.config import APPLICATION, DeployConfig, Limits
 from tests.serving.generated import Request, requests
 from tests.serving.test_endpoint import MALFORMED
 from tests.serving.test_generated_requests import generate, schemas
+from tests.warm_workers import family
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -117,7 +118,7 @@ def web_fixture(
 def replicas(cluster: LocalCluster, kind: str) -> list[psutil.Process]:
     """The live replicas of a kind."""
     found = []
-    for process in psutil.Process(cluster.pid).children(recursive=True):
+    for process in family(cluster):
         try:
             line = process.cmdline()[:1]
         except psutil.Error:

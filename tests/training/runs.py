@@ -16,6 +16,7 @@ import yaml
 from app.cluster import LocalCluster
 from app.training import checkpoint
 from tests.training.tiny import config_of, trajectory
+from tests.warm_workers import family
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,7 +66,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 def find_workers(cluster: LocalCluster) -> list[psutil.Process]:
     """The processes that train on the cluster now."""
     found = []
-    for process in psutil.Process(cluster.pid).children(recursive=True):
+    for process in family(cluster):
         try:
             if process.cmdline()[:1] == ["ray::RayTrainWorker"]:
                 found.append(process)
