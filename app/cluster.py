@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -104,7 +104,7 @@ def connect() -> str:
 
 def exchange(
     inputs: Sequence[tuple[Any, ...]],
-    split: Callable[..., Sequence[Any]],
+    split: Callable[..., Iterable[Any]],
     merge: Callable[..., Any],
     num_partitions: int,
     extra: Sequence[Any] | None = None,
@@ -112,14 +112,17 @@ def exchange(
     """All-to-all on Ray tasks: `split(*input)` gives a part for each partition, `merge(parts[, extra])` joins them.
 
     Returns references to the merged partitions; inputs and extras may be references. The order of parts is that of the
-    inputs, so the result does not depend on who runs what. Only parts in flight take memory; Ray spills the rest.
+    inputs, so the result does not depend on who runs what. Only parts in flight take memory, of a split that
+    yields them one at a time; Ray spills the rest.
     """
     import ray
 
-    splitting = ray.remote(split).options(num_returns=num_partitions, runtime_env=_LEAN)
-    parts = [splitting.remote(*one) for one in inputs]
     if num_partitions == 1:  # Ray would hand on the list of one part as the part
-        parts = [[ray.remote(_only).options(runtime_env=_LEAN).remote(part)] for part in parts]
+        splitting = ray.remote(_only).options(runtime_env=_LEAN)
+        parts = [[splitting.remote(split, *one)] for one in inputs]
+    else:
+        splitting = ray.remote(split).options(num_returns=num_partitions, runtime_env=_LEAN)
+        parts = [splitting.remote(*one) for one in inputs]
     merging = ray.remote(_merge).options(runtime_env=_LEAN)
     extras = [None] * num_partitions if extra is None else extra
     return [
@@ -145,8 +148,8 @@ def map_tasks(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[
         yield ray.get(done)
 
 
-def _only(parts: Sequence[Any]) -> Any:
-    (part,) = parts
+def _only(split: Callable[..., Iterable[Any]], *one: Any) -> Any:
+    (part,) = split(*one)
     return part
 
 

@@ -1,22 +1,33 @@
 """Where rows meet: shards in blocks of neighbours, hashes in partitions, and what each block sends to which.
 
-The `split_…` functions do the sending half of an exchange for one block or partition, as lists with a part for each
-receiver; the receiving half are functions of dedup.py over the joined parts. Texts are read from the shards' files and
-sent as hashes of shingles, for candidates only. It starts nothing in parallel; stage.py does.
+The `split_…` functions do the sending half of an exchange for one block or partition, a part for each receiver in turn;
+the receiving half are functions of dedup.py over the joined parts. Texts are read from the shards' files and sent as
+hashes of shingles, for candidates only. It starts nothing in parallel; stage.py does.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from app.corpus import dedup
 from app.corpus.config import CorpusConfig
 from app.corpus.dedup import Keys
-from app.corpus.shards import Work, read_bands, read_clean
+from app.corpus.shards import BATCH_DOCUMENTS, Work, read_bands, read_clean
+
+
+class Shingles(NamedTuple):
+    """Sets of shingles of N documents, one after the other: few large arrays, which Ray hands on without a copy."""
+
+    keys: Keys  # [N]
+    lengths: npt.NDArray[np.int64]  # [N]
+    hashes: Keys  # [sum of lengths], each set in order
 
 
 @dataclass(frozen=True)
@@ -110,20 +121,37 @@ def split_buckets(block: Sequence[Work], fallen: Keys, layout: Layout, config: C
     return layout.by_hash(np.concatenate(rows), 0)
 
 
-def split_shingles(
-    block: Sequence[Work], needs: Keys, layout: Layout, config: CorpusConfig
-) -> list[tuple[Keys, list[Keys]]]:
-    """For each partition, keys and sets of shingles of the documents that it compares."""
-    parts: list[tuple[list[int], list[Keys]]] = [([], []) for _ in range(layout.num_partitions)]
+def split_shingles(block: Sequence[Work], needs: Keys, layout: Layout, config: CorpusConfig) -> Iterator[Shingles]:
+    """For each partition in turn, the sets of shingles of the documents that it compares.
+
+    Of the whole block only the texts are held: shingles take four times their room.
+    """
+    keys, texts = _texts(block, np.unique(needs[:, 0]))
+    places = np.searchsorted(keys, needs[:, 0])
+    for partition in range(layout.num_partitions):
+        rows = places[needs[:, 1] == partition]
+        sets = [np.empty(0, np.uint64)]
+        for start in range(0, len(rows), BATCH_DOCUMENTS):
+            chosen = [texts[row] for row in rows[start : start + BATCH_DOCUMENTS]]
+            hashes, offsets = dedup.shingle_hashes(chosen, config.dedup.shingle_characters)
+            sets += [dedup.sorted_set(hashes[begin:end]) for begin, end in itertools.pairwise(offsets)]
+        yield Shingles(keys[rows], np.array([len(one) for one in sets[1:]], np.int64), np.concatenate(sets))
+
+
+def _texts(block: Sequence[Work], wanted: Keys) -> tuple[Keys, list[str]]:
+    """Keys [N], in order, and texts of a block's documents whose keys are in `wanted` (sorted)."""
+    keys: list[Keys] = [np.empty(0, np.uint64)]
+    texts: list[str] = []
     for work in block:
-        for keys, table in read_clean(work, ["text"]):
-            first, end = (np.searchsorted(needs[:, 0], keys, side=side) for side in ("left", "right"))
-            wanted = np.flatnonzero(end > first)
-            texts = table["text"].take(wanted).to_pylist()
-            hashes, offsets = dedup.shingle_hashes(texts, config.dedup.shingle_characters)
-            for index, (start, stop) in zip(wanted, itertools.pairwise(offsets), strict=True):
-                shingles = dedup.sorted_set(hashes[start:stop])
-                for partition in needs[first[index] : end[index], 1].tolist():
-                    parts[partition][0].append(int(keys[index]))
-                    parts[partition][1].append(shingles)
-    return [(np.array(keys, np.uint64), shingles) for keys, shingles in parts]
+        for found, table in read_clean(work, ["text"]):
+            chosen = np.isin(found, wanted)
+            keys.append(found[chosen])
+            texts += table["text"].filter(pa.array(chosen)).to_pylist()
+    return np.concatenate(keys), texts
+
+
+def verify(parts: list[Shingles], pairs: Keys, min_similarity: float) -> Keys:
+    """Those of the pairs whose documents' sets of shingles, in the parts, are similar."""
+    keys = np.concatenate([part.keys for part in parts])
+    sets = [one for part in parts if len(part.keys) for one in np.split(part.hashes, np.cumsum(part.lengths)[:-1])]
+    return dedup.similar_pairs(pairs, keys, sets, min_similarity)

@@ -29,7 +29,7 @@ from app.corpus.config import CorpusConfig
 from app.corpus.decontaminate import EvaluationItems, load_items
 from app.corpus.dedup import Keys
 from app.corpus.outputs import Duplicates
-from app.corpus.partitions import Layout
+from app.corpus.partitions import Layout, Shingles
 from app.corpus.rules import build_rules
 from app.corpus.shards import Counts, Work, read_counts
 from app.corpus.sources import RawFile, Shard, find_files, find_shards
@@ -271,9 +271,8 @@ def _near_duplicates(layout: Layout, config: CorpusConfig, fallen: Sequence[Any]
     wanted = [(block, rows, layout, config) for block, rows in zip(layout.blocks, needs, strict=True)]
     min_similarity = config.dedup.min_similarity
 
-    def verify(parts: list[tuple[Keys, list[Keys]]], rows: Keys) -> Keys:
-        keys = np.concatenate([part[0] for part in parts])
-        return dedup.similar_pairs(rows, keys, [one for part in parts for one in part[1]], min_similarity)
+    def verify(parts: list[Shingles], rows: Keys) -> Keys:
+        return partitions.verify(parts, rows, min_similarity)
 
     return _clusters(cluster.exchange(wanted, partitions.split_shingles, verify, num_partitions, pairs), layout)
 
