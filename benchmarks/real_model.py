@@ -38,7 +38,7 @@ def main() -> None:
         show_scores(read_manifest(f"{given.folder}/report", "report").figures)
         parity(given.folder, smol, smol / "model", running)
         if given.quantize:
-            sizes = {"group_size": 64, "layer_group_sizes": {"re:.*(self_attn|down_proj)": 32}}
+            sizes = {"group_size": 64, "layer_group_sizes": {"re:.*(q|k|v|o|down)_proj": 32}}
             few = {"num_calibration_samples": 1, "num_comparison_documents": DOCUMENTS, **sizes}
             demo_training.job("quantize_model", shared | few, running)
             figures = read_manifest(f"{given.folder}/quantized", "model").figures

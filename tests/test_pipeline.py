@@ -76,7 +76,7 @@ def run(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "quantize_model": {
             "num_calibration_samples": 8,
             "max_loss_percent": 5,
-            "layer_group_sizes": {"re:.*self_attn": 64},
+            "layer_group_sizes": {"re:.*self_attn.*_proj": 64},
         },
         "evaluate_quantized": {"num_continuations": 0},
         "deploy_model": {"port": cluster.endpoint_port},

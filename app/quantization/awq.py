@@ -39,15 +39,23 @@ def refuse_group_size(model_config: Mapping[str, Any], group_size: int) -> None:
             raise ValueError(f"group_size: {group_size} does not divide the model's {name} {width}; use {fitting}")
 
 
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers."""
+def modules_of(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Names of the linear layers, and of all other modules in the model."""
     from torch.nn import Linear
 
-    return [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    modules = {name: module for name, module in model.named_modules() if name}
+    layers = [name for name, module in modules.items() if isinstance(module, Linear)]
+    return layers, [name for name in modules if name not in layers]
 
 
-def refuse_layer_group_sizes(layers: Iterable[str], config: QuantizeConfig) -> None:
-    """Raise ValueError when a pattern names no linear layer, or when one gets two sizes, alone or as it is served."""
+def refuse_layer_group_sizes(layers: Iterable[str], others: Iterable[str], config: QuantizeConfig) -> None:
+    """Raise ValueError when a pattern names no linear layer or another module, or when a layer gets two sizes.
+
+    Layers that are served as one count as one.
+    """
+    for pattern in config.layer_group_sizes:
+        if wrong := next((other for other in others if _names(pattern, other)), None):
+            raise ValueError(f"layer_group_sizes: {pattern} names {wrong}, which is no linear layer")
     unused = set(config.layer_group_sizes)
     sizes: dict[str, set[int]] = defaultdict(set)
     for layer in layers:

@@ -85,7 +85,7 @@ def _quantize(model_uri: str, corpus_uri: str, uri: str, config: QuantizeConfig)
         model = load_model(model_dir, dtype).to(device)
         if hasattr(model.config, "quantization_config"):
             raise ValueError(f"model_uri: {model_uri} is quantized already; name the model it was made from")
-        awq.refuse_layer_group_sizes(awq.linear_layers(model), config)
+        awq.refuse_layer_group_sizes(*awq.modules_of(model), config)
         before, expected = bits_per_byte(model, tokenizer, held_out), next_tokens(model, tokenizer, held_out)
         window_tokens = min(model.config.max_position_embeddings, 2048)
         windows = awq.choose_windows(documents, config.num_calibration_samples, window_tokens, config.seed)

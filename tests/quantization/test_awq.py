@@ -65,15 +65,20 @@ def test_chosen_blocks_are_refused() -> None:
 def test_sizes_of_layers_name_layers_that_can_be_served() -> None:
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj", "lm_head")
     layers = [f"model.layers.{index}.{name}" for index in range(2) for name in names]
+    others = ["model", *(f"model.layers.{index}.{name}" for index in range(2) for name in ("self_attn", "mlp"))]
 
     def refuse(sizes: dict[str, int]) -> None:
-        refuse_layer_group_sizes(layers, QuantizeConfig.model_validate({"layer_group_sizes": sizes}))
+        refuse_layer_group_sizes(layers, others, QuantizeConfig.model_validate({"layer_group_sizes": sizes}))
 
     refuse({})
-    refuse({"re:.*self_attn": 32, "re:.*down_proj": 64, "model.layers.1.self_attn.o_proj": 32})
+    refuse({"re:.*(q|k|v)_proj": 32, "re:.*down_proj": 64, "model.layers.1.self_attn.o_proj": 32})
     with pytest.raises(ValueError, match=r"re:down_proj: no linear layer has such a name"):  # it matches from the start
         refuse({"re:down_proj": 32, "re:.*o_proj": 32})
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.qkv_proj is one .* gets sizes \[32, 128\]"):
         refuse({"model.layers.1.self_attn.v_proj": 32})
+    with pytest.raises(
+        ValueError, match=r"re:\.\*self_attn names model\.layers\.0\.self_attn, which is no linear layer"
+    ):
+        refuse({"re:.*self_attn": 32})
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj .* gets sizes \[32, 64\]"):
-        refuse({"re:.*down_proj": 64, "re:.*mlp": 32})
+        refuse({"re:.*down_proj": 64, "re:.*mlp.d": 32})
