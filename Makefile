@@ -34,8 +34,9 @@ setup: .venv/ready
 demo: setup
 	@$(BIN)/python jobs/fetch_demo_corpus.py --storage_uri $(STORAGE)
 	@$(BIN)/python jobs/start_cluster.py
-	@source .cluster/env && $(BIN)/ray job submit --working-dir . -- \
-	  python jobs/run_pipeline.py --config jobs/configs/demo/run_pipeline.yaml --storage_uri $(STORAGE)
+	@source .cluster/env && url=$${OPENAI_BASE_URL%/v1} && $(BIN)/ray job submit --working-dir . -- \
+	  python jobs/run_pipeline.py --config jobs/configs/demo/run_pipeline.yaml --storage_uri $(STORAGE) \
+	  --deploy_model.port $${url##*:}
 	@source .cluster/env && $(BIN)/python jobs/ask_model.py
 	@cat $(STORAGE)/summary.txt
 	@source .cluster/env && printf '%s\n' \
