@@ -112,8 +112,8 @@ def exchange(
     """All-to-all on Ray tasks: `split(*input)` gives a part for each partition, `merge(parts[, extra])` joins them.
 
     Returns references to the merged partitions; inputs and extras may be references. The order of parts is that of the
-    inputs, so the result does not depend on who runs what. Only parts in flight take memory, of a split that
-    yields them one at a time; Ray spills the rest.
+    inputs, so the result does not depend on who runs what. Only parts in flight take memory, and of a split
+    that yields them only one at a time; Ray spills the rest.
     """
     import ray
 

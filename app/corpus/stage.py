@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from app.corpus.config import CorpusConfig
 from app.corpus.decontaminate import EvaluationItems, load_items
 from app.corpus.dedup import Keys
 from app.corpus.outputs import Duplicates
-from app.corpus.partitions import Layout, Shingles
+from app.corpus.partitions import Layout
 from app.corpus.rules import build_rules
 from app.corpus.shards import Counts, Work, read_counts
 from app.corpus.sources import RawFile, Shard, find_files, find_shards
@@ -269,11 +270,7 @@ def _near_duplicates(layout: Layout, config: CorpusConfig, fallen: Sequence[Any]
         layout.num_blocks,
     )
     wanted = [(block, rows, layout, config) for block, rows in zip(layout.blocks, needs, strict=True)]
-    min_similarity = config.dedup.min_similarity
-
-    def verify(parts: list[Shingles], rows: Keys) -> Keys:
-        return partitions.verify(parts, rows, min_similarity)
-
+    verify = partial(partitions.verify, min_similarity=config.dedup.min_similarity)
     return _clusters(cluster.exchange(wanted, partitions.split_shingles, verify, num_partitions, pairs), layout)
 
 
