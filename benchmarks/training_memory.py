@@ -1,10 +1,11 @@
-"""What each of two ranks holds, and the time of a step: ZeRO stages 0 to 3, activation checkpointing, offload.
+"""What each of two ranks holds, and the time of a step: ZeRO stages 0 to 3, activation checkpointing, offload, sharing.
 
 The model has 31 million parameters in float32; two forward passes make a step. Tensors are counted by the storage that
 they share, after each backward pass; of each kind the most counts. Counts do not vary, peak memory and time do: their
 medians are printed. Activations are in the peak alone, and the second table has blocks long enough that they show. On a
-CPU an offloaded optimizer is in the same memory as before; what it costs in time is what is seen. No Ray: torchrun runs
-this file on every rank.
+CPU an offloaded optimizer is in the same memory as before; what it costs in time is what is seen. The last table has
+workers that share a model, what autograd keeps of it too, and beside what was counted what the capacity plan says. No
+Ray: torchrun runs this file on every rank.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import resource
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ZeRO-1, activation checkpointing": {"zero_stage": 1, "activation_checkpointing": True},
     "ZeRO-1, optimizer on the CPU": {"zero_stage": 1, "offload_optimizer": "cpu"},
 }
+SHARING: dict[str, dict[str, Any]] = {
+    "one model a rank, ZeRO-1": {"zero_stage": 1},
+    "tokens, ZeRO-1": {"zero_stage": 1, "sequence_parallel": 2},
+    "tokens, ZeRO-3": {"zero_stage": 3, "sequence_parallel": 2},
+    "matrices, ZeRO-1": {"zero_stage": 1, "tensor_parallel": 2},
+    "layers, ZeRO-1": {"zero_stage": 1, "pipeline_stages": 2},
+}
 RANKS, STEPS, ACCUMULATION_STEPS = 2, 3, 2
 MIB = 2**20
-MICRO_BATCH, BLOCK_TOKENS, LONG_BLOCK_TOKENS, VOCAB_SIZE = 2, 128, 1024, 6000
+MICRO_BATCH, BLOCK_TOKENS, LONG_BLOCK_TOKENS, SHARED_BLOCK_TOKENS, VOCAB_SIZE = 2, 128, 1024, 256, 6000
+GLOBAL_BATCH = MICRO_BATCH * ACCUMULATION_STEPS * RANKS
 MODEL = {
     "hidden_size": 512, "intermediate_size": 1536, "num_layers": 8, "num_heads": 8, "num_key_value_heads": 4,
     "tie_embeddings": False,
@@ -76,6 +86,58 @@ def holdings(engine: Any) -> dict[str, int]:
     return dict(zip(KINDS, map(count_bytes, held), strict=True))
 
 
+class _Saved:
+    """A tensor that autograd keeps, as long as it does."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+
+class Kept:
+    """What autograd keeps of forward passes, and a pipeline of what goes between its stages: most bytes at once.
+
+    Weights do not count, nor do logits.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
+        self.most = 0
+
+    def pack(self, tensor: Any) -> _Saved:
+        """For torch.autograd.graph.saved_tensors_hooks."""
+        saved = _Saved(tensor)
+        self._saved.add(saved)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self._engine.parameters()}
+        sent = list(getattr(self._engine, "pipe_buffers", {}).values())
+        held = [item.tensor for item in self._saved if item.tensor.untyped_storage().data_ptr() not in weights]
+        activations = [kept for kept in _tensors_in([held, sent]) if kept.shape[-1:] != (VOCAB_SIZE,)]
+        self.most = max(self.most, count_bytes(activations))
+        return saved
+
+
+def pass_through(engine: Any, config: Any, block_tokens: int) -> Iterator[None]:
+    """The passes of a step on random blocks; stops after each backward pass, of a pipeline before the update."""
+    import torch
+
+    from app.training import pipeline, sharing
+    from app.training.layout import Layout
+
+    layout = Layout.of(config, torch.distributed.get_rank(), RANKS)
+    batches = []
+    for _ in range(config.accumulation_steps(RANKS)):
+        ids = torch.randint(0, VOCAB_SIZE, (MICRO_BATCH, block_tokens))
+        batches.append({"input_ids": ids, "labels": ids})
+    if config.pipeline_stages > 1:
+        pipeline.train_step(engine, batches, MICRO_BATCH * block_tokens)
+        yield
+        return
+    for batch in batches:
+        engine.backward(engine(**sharing.model_inputs(batch, layout)).loss)
+        yield
+        engine.step()
+
+
 def measure_rank(output: Path, changes: dict[str, Any], block_tokens: int) -> None:
     """What torchrun runs: some steps; the most that this rank held of each kind, its peak memory, seconds of a step."""
     import deepspeed
@@ -86,22 +148,23 @@ def measure_rank(output: Path, changes: dict[str, Any], block_tokens: int) -> No
 
     deepspeed.ops.__compatible_ops__ = {}  # builds no C++ that only inference calls
     deepspeed.init_distributed(dist_backend="gloo")
-    batch = {"micro_batch_sequences": MICRO_BATCH, "global_batch_sequences": MICRO_BATCH * ACCUMULATION_STEPS * RANKS}
-    config = TrainConfig.model_validate({"model": MODEL} | batch | changes)
+    batch = {"micro_batch_sequences": MICRO_BATCH, "global_batch_sequences": GLOBAL_BATCH}
+    config = TrainConfig.model_validate({"model": MODEL, "num_workers": RANKS} | batch | changes)
     shape = {"vocab_size": VOCAB_SIZE, "block_tokens": block_tokens, "end_of_text_id": 0}
     engine = build(config, shape, RANKS, use_gpu=False)
     most: dict[str, int] = {}
     seconds = []
     for _ in range(STEPS):
         began = time.perf_counter()
-        for _ in range(ACCUMULATION_STEPS):
-            ids = torch.randint(0, VOCAB_SIZE, (MICRO_BATCH, block_tokens))
-            engine.backward(engine(input_ids=ids, labels=ids).loss)
+        for _ in pass_through(engine, config, block_tokens):
             most = {kind: max(held, most.get(kind, 0)) for kind, held in holdings(engine).items()}
-            engine.step()
         seconds.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    figures = most | {"total": sum(most.values()), "peak memory": peak}
+    kept = Kept(engine)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda saved: saved.tensor):
+        for _ in pass_through(engine, config, block_tokens):
+            pass
+    figures = most | {"total": sum(most.values()), "peak memory": peak, "activations": kept.most}
     demo_training.answer(output, figures | {"seconds": statistics.median(seconds[1:])})
 
 
@@ -125,6 +188,28 @@ def show(given: Any, rows: dict[str, dict[str, Any]], block_tokens: int) -> dict
     return found
 
 
+def show_sharing(given: Any) -> None:
+    """Each way to share a model: what was counted, and what the capacity plan says."""
+    from app.planning.estimate import Shape, memory_of
+    from app.training.config import TrainConfig
+
+    print("MiB where two ranks share a model: counted, and in brackets planned; logits not in it")
+    print(
+        f"blocks of {SHARED_BLOCK_TOKENS} tokens".ljust(28)
+        + "".join(f"{kind:>20}" for kind in ("parameters", "states", "activations"))
+        + f"{'seconds':>10}"
+    )
+    for name, changes in SHARING.items():
+        held = measure(given.folder / "output", changes, SHARED_BLOCK_TOKENS, given.runs)
+        batch = {"micro_batch_sequences": MICRO_BATCH, "global_batch_sequences": GLOBAL_BATCH}
+        config = TrainConfig.model_validate({"model": MODEL, "num_workers": RANKS} | batch | changes)
+        plan = memory_of(config, Shape(VOCAB_SIZE, SHARED_BLOCK_TOKENS), RANKS)
+        states = held["float32 copy"] + held["optimizer states"]
+        pairs = ((held["parameters"], plan.weights), (states, plan.optimizer), (held["activations"], plan.activations))
+        row = "".join(f"{counted / MIB:12.1f}{f'({planned / MIB:.1f})':>8}" for counted, planned in pairs)
+        print(f"{name:28}{row}{held['seconds']:10.2f}", flush=True)
+
+
 def main() -> None:
     given = demo_training.arguments(__doc__, "training-memory")
     print(f"MiB of the rank that holds most; {RANKS} ranks, {ACCUMULATION_STEPS} forward passes a step; seconds a step")
@@ -135,6 +220,7 @@ def main() -> None:
         memory, time_ = (again[kind] / plain[kind] for kind in ("peak memory", "seconds"))
         print(f"{zero}, activation checkpointing / without: peak memory {memory:.2f}, time {time_:.2f}")
     print(f"ZeRO-3 / ZeRO-0, without activations: {stages['ZeRO-3']['total'] / stages['ZeRO-0']['total']:.3f}")
+    show_sharing(given)
 
 
 if __name__ == "__main__":

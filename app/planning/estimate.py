@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from app.planning.parts import Part, parts_of
 from app.training.config import ModelConfig, TrainConfig
 from app.training.sizes import Parameters, chunk_tokens, count_parameters, flops_per_token, seen_tokens
 
@@ -45,17 +46,24 @@ class Memory:
 
 
 def memory_of(config: TrainConfig, shape: Shape, num_devices: int) -> Memory:
-    """Memory of each of `num_devices` workers.
+    """Memory of each of `num_devices` workers; of a pipeline's, of those whose stage takes most.
 
     The optimizer works when the activations are gone: the larger of the two moments counts.
     """
-    parameters = count_parameters(config.model, shape.vocab_size)
-    weights, gradients, optimizer, host = _states(config, parameters.total, num_devices)
-    tokens = config.micro_batch_sequences * shape.block_tokens
-    activations = tokens * activation_bytes_per_token(config, shape)
-    logits = tokens * shape.vocab_size * (10.0 if config.dtype == "bfloat16" else 8.0)  # with their float32 copies
-    moving = _moving(config, parameters, num_devices)
-    update = _update(config, parameters.total, num_devices)
+    parts = (_memory_of(part, shape, num_devices) for part in parts_of(config, shape.vocab_size, num_devices))
+    return max(parts, key=lambda memory: memory.device)
+
+
+def _memory_of(part: Part, shape: Shape, num_devices: int) -> Memory:
+    config, parameters = part.config, part.parameters
+    holders = num_devices // (config.tensor_parallel * config.pipeline_stages)  # of the part: ZeRO divides it up
+    weights, gradients, optimizer, host = _states(config, parameters.total, holders)
+    tokens = config.micro_batch_sequences * shape.block_tokens / config.sequence_parallel
+    activations = tokens * activation_bytes_per_token(part, shape)
+    each = 10.0 if config.dtype == "bfloat16" else 8.0  # with their float32 copies
+    logits = tokens * shape.vocab_size * each if part.is_last else 0.0
+    moving = _moving(config, parameters, holders)
+    update = _update(config, parameters.total, holders)
     buffers = max(moving, update - activations - logits)
     return Memory(weights, gradients, optimizer, activations, logits, buffers, host)
 
@@ -105,16 +113,29 @@ def _update(config: TrainConfig, total: int, num_devices: int) -> float:
     return 4 * (min(shard, _LIVE_ELEMENTS) if config.zero_stage == 3 else shard)
 
 
-def activation_bytes_per_token(config: TrainConfig, shape: Shape) -> float:
-    """Bytes that autograd keeps of one token until the backward pass, without the logits."""
+def activation_bytes_per_token(part: Part, shape: Shape) -> float:
+    """Bytes that autograd keeps of one of the worker's tokens until the backward pass, without the logits."""
+    return _layers_bytes(part, shape) + _ends_bytes(part)
+
+
+def _layers_bytes(part: Part, shape: Shape) -> float:
+    """Of the layers, for all passes that await their way back; what is recomputed, of one layer at a time."""
+    config, passes = part.config, part.passes
     size, model = _element_bytes(config), config.model
     plain, mixture = (_attention_bytes(config, shape) + kept for kept in (_mlp_bytes(config), _experts_bytes(config)))
     sparse = model.num_mixture_layers
-    ends = model.hidden_size * (size + 4) + model.hidden_size * size  # final norm, and the input of the head
     if config.activation_checkpointing:
         layer = max(plain, mixture) if 0 < sparse < model.num_layers else mixture if sparse else plain
-        return size * model.num_layers * model.hidden_size + layer + ends
-    return (model.num_layers - sparse) * plain + sparse * mixture + ends
+        return passes * size * model.num_layers * model.hidden_size + layer
+    return passes * ((model.num_layers - sparse) * plain + sparse * mixture)
+
+
+def _ends_bytes(part: Part) -> float:
+    """The final norm and the input of the head; between stages what went out, and what has come in in 16 bits."""
+    size, width = _element_bytes(part.config), part.config.model.hidden_size
+    head = width * (size + 4) + width * size if part.is_last else 0
+    arrived = not part.is_first and size == 2 and not part.config.activation_checkpointing  # else a layer keeps it
+    return head + part.passes * size * width * (arrived + (not part.is_last))
 
 
 def _attention_bytes(config: TrainConfig, shape: Shape) -> float:
@@ -129,6 +150,9 @@ def _attention_bytes(config: TrainConfig, shape: Shape) -> float:
         return float(norms + scores + _latent_bytes(config))
     queries, keys = model.num_heads * model.head_width, model.num_key_value_heads * model.head_width
     attention = float(size * (2 * queries + 2 * keys))  # q, k, v, the result
+    if config.sequence_parallel > 1:  # the result of its heads, and that of its tokens
+        repeated = max(1, config.sequence_parallel // model.num_key_value_heads)
+        attention += size * (queries + 2 * keys * (repeated - 1))
     attention += (_chunk_bytes(config, shape) + _choice_bytes(config, shape)) / model.num_layers
     if model.architecture != "llama":
         attention += (queries + keys) * (4 + kept)

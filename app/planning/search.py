@@ -71,7 +71,7 @@ def single_changes(config: TrainConfig, shape: Shape, num_devices: int) -> list[
 
 def largest_micro_batch(config: TrainConfig, shape: Shape, num_devices: int, room_bytes: float) -> int:
     """Blocks of one forward pass that fit, at most a worker's share of the batch; 0 if not even one does."""
-    share = -(-config.global_batch_sequences // num_devices)
+    share = -(-config.global_batch_sequences // config.num_replicas(num_devices))
     fitting = 0
     for blocks in range(1, share + 1):
         changed = config.with_overrides({"micro_batch_sequences": blocks})
@@ -90,7 +90,7 @@ def _combinations(config: TrainConfig, num_devices: int) -> Iterator[tuple[dict[
         blocks //= 2
         sizes.append(blocks)
     devices = [num_devices]
-    while 2 * devices[-1] <= min(MOST_DEVICES, config.global_batch_sequences):
+    while 2 * devices[-1] <= min(MOST_DEVICES, config.global_batch_sequences * config.workers_per_replica):
         devices.append(2 * devices[-1])
     keep = {config.offload_parameters, "cpu"}
     for stage, size, again, where, kept, number in product(stages, sizes, recompute, offload, keep, devices):

@@ -14,6 +14,7 @@ from app.planning.config import PlanConfig
 from app.planning.estimate import GIB, Shape
 from app.planning.search import gib
 from app.training import parallel
+from app.training.layout import refuse_unshareable
 from app.training.refusals import Devices
 from app.training.sizes import count_parameters
 
@@ -33,16 +34,14 @@ def run(config: PlanConfig) -> Capacity:
     train, shape, number = config.train_model, Shape(config.vocab_size, config.block_tokens), _number(config)
     if train.init_from_uri:
         raise ValueError("train_model.init_from_uri: describe the model in train_model.model; a folder is not read")
-    if train.workers_per_replica > 1:
-        raise ValueError(
-            "train_model: the estimate does not know workers that share a model; set sequence_parallel, "
-            "tensor_parallel and pipeline_stages to 1"
-        )
+    if number % train.workers_per_replica:
+        raise ValueError(f"num_devices: {number} is no multiple of the {train.workers_per_replica} that share a model")
+    refuse_unshareable(train, config.block_tokens)
     kind: Literal["cpu", "gpu"] = "cpu" if config.device == "CPU" else "gpu"
     layout = parallel.plan(train, Devices(kind, has_float8=has_float8(config.device)))
     memory = estimate.memory_of(train, shape, number)
     room = room_bytes(config)
-    rows = [*_model_rows(config), *_memory_rows(config, memory), ("a step", layout.lines[0])]
+    rows = [*_model_rows(config), *_memory_rows(config, memory), *(("a step", line) for line in layout.lines)]
     rows += [*_time_rows(config), *_serving_rows(config)]
     lines = [f"{name:<{max(len(name) for name, _ in rows)}}  {value}" for name, value in rows]
     if memory.device <= room:
@@ -92,6 +91,8 @@ def _memory_rows(config: PlanConfig, memory: estimate.Memory) -> Rows:
     names = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
     rows = [(f"  {name}", gib(getattr(memory, name))) for name in names]
     title = f"{_number(config)} × {config.device}, ZeRO-{config.train_model.zero_stage}"
+    if config.train_model.pipeline_stages > 1:
+        title += ", in the stage that takes most"
     rows = [("memory of a device", f"{gib(memory.device)} on {title}"), *rows]
     if memory.host:
         per_node = min(_number(config), config.devices_per_node)

@@ -15,6 +15,7 @@ from app.planning.estimate import (
     training_days,
     training_flops,
 )
+from app.planning.parts import Part, parts_of
 from app.training.config import ModelConfig, TrainConfig
 from app.training.sizes import count_parameters
 
@@ -82,6 +83,11 @@ def model_of(settings: dict[str, Any]) -> ModelConfig:
 
 def train_of(model: dict[str, Any] = LLAMA_2_7B, **settings: Any) -> TrainConfig:
     return TrainConfig.model_validate({"model": model, "micro_batch_sequences": 1, "dtype": "bfloat16", **settings})
+
+
+def whole(config: TrainConfig) -> Part:
+    (part,) = parts_of(config, vocab_size=64, num_devices=1)
+    return part
 
 
 @pytest.mark.parametrize(
@@ -205,7 +211,7 @@ def test_activations_are_what_autograd_keeps(dtype: str, family: dict[str, Any])
         model(input_ids=input_ids, labels=input_ids)
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / input_ids.numel()
     float32_logits = 4 * 64
-    assert activation_bytes_per_token(config, Shape(64, 128)) + float32_logits == pytest.approx(found, rel=0.02)
+    assert activation_bytes_per_token(whole(config), Shape(64, 128)) + float32_logits == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.slow
@@ -252,19 +258,74 @@ def test_states_that_were_counted_on_two_ranks(stage: int, measured: tuple[float
     assert planned == pytest.approx(measured, abs=9 if stage == 2 else 0.2)
 
 
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("stages", [2, 3, 7])
+def test_stages_have_the_model_between_them(stages: int, tie: bool) -> None:
+    batch = {"num_workers": 2 * stages, "global_batch_sequences": 8}
+    config = train_of(LLAMA_3_8B | {"tie_embeddings": tie}, pipeline_stages=stages, **batch)
+    parts = parts_of(config, 32_000, 2 * stages)
+    total = count_parameters(config.model, 32_000).total + (32_000 * 4096 if tie else 0)  # both ends have it
+    assert sum(part.parameters.total for part in parts) == total
+    assert [part.passes for part in parts] == [min(4, stages - index) for index in range(stages)]  # 4 in a step
+    assert [part.is_last for part in parts] == [False] * (stages - 1) + [True]
+
+
+def test_matrices_are_shared_and_what_is_between_them_is_not() -> None:
+    config = train_of(LLAMA_3_8B, tensor_parallel=4, num_workers=8, zero_stage=1)
+    count = count_parameters(config.model, 32_000)
+    held = (count.attention + count.mlp + count.head) / 4 + count.embedding + count.norms
+    memory = memory_of(config, Shape(32_000, 4096), 8)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (2 * held, 2 * held, 12 * held / 2)
+    layer = 16 * 4096 + (4 * 4096 + 4 * 1024 + 4 * 32 + 8 * 14336) / 4  # norms; q, k, v, the result, and SwiGLU
+    assert memory.activations == 4096 * (32 * layer + 8 * 4096)
+
+
+def test_tokens_are_shared_and_states_over_all_workers() -> None:
+    alone, shared = (
+        memory_of(train_of(num_workers=8, zero_stage=3, sequence_parallel=degree), Shape(32_000, 4096), 8)
+        for degree in (1, 4)
+    )
+    assert (shared.weights, shared.gradients, shared.optimizer) == (alone.weights, alone.gradients, alone.optimizer)
+    assert shared.logits == alone.logits / 4
+    assert (
+        shared.activations == alone.activations / 4 + 1024 * 32 * 2 * 4096
+    )  # the result, before tokens are traded back
+
+
+@pytest.mark.parametrize(
+    ("way", "counted"),
+    [
+        ({}, (119.5, 179.2, 171.3)),
+        ({"sequence_parallel": 2}, (119.5, 179.2, 89.7)),
+        ({"sequence_parallel": 2, "zero_stage": 3}, (59.8, 179.2, 89.7)),
+        ({"tensor_parallel": 2}, (65.6, 196.8, 111.2)),
+        ({"pipeline_stages": 2}, (59.7, 179.2, 169.4)),
+    ],
+    ids=str,
+)
+def test_what_was_counted_where_two_ranks_share(way: dict[str, int], counted: tuple[float, ...]) -> None:
+    """MiB in benchmarks/results/training_memory.txt: weights, optimizer states, what autograd keeps."""
+    model = {"hidden_size": 512, "intermediate_size": 1536, "num_layers": 8, "num_heads": 8, "num_key_value_heads": 4}
+    settings = {"zero_stage": 1, "dtype": "float32", "num_workers": 2, "micro_batch_sequences": 2} | way
+    config = train_of(model | {"tie_embeddings": False}, global_batch_sequences=8, **settings)
+    memory = memory_of(config, Shape(6000, 256), 2)
+    planned = [size / 2**20 for size in (memory.weights, memory.optimizer, memory.activations)]
+    assert planned == pytest.approx(counted, rel=0.005)
+
+
 def test_activations_by_hand() -> None:
     """Llama-2-7B in bfloat16, a token of one layer: two norms 16 H, attention 8 H and 4 a head, SwiGLU 8 I."""
     layer = 24 * 4096 + 4 * 32 + 8 * 11008
     ends = 6 * 4096 + 2 * 4096
-    whole = activation_bytes_per_token(train_of(), Shape(32_000, 4096))
-    again = activation_bytes_per_token(train_of(activation_checkpointing=True), Shape(32_000, 4096))
-    assert whole == 32 * layer + ends
+    kept = activation_bytes_per_token(whole(train_of()), Shape(32_000, 4096))
+    again = activation_bytes_per_token(whole(train_of(activation_checkpointing=True)), Shape(32_000, 4096))
+    assert kept == 32 * layer + ends
     assert again == 2 * 32 * 4096 + layer + ends
 
 
 def test_the_score_matrix_counts_where_it_is_kept() -> None:
     sdpa, eager = (
-        activation_bytes_per_token(train_of(attention=name), Shape(32_000, 4096)) for name in ("sdpa", "eager")
+        activation_bytes_per_token(whole(train_of(attention=name)), Shape(32_000, 4096)) for name in ("sdpa", "eager")
     )
     assert eager - sdpa == 32 * 32 * 4096 * 6
 

@@ -66,7 +66,15 @@ def test_a_cpu_needs_a_size() -> None:
         PlanConfig().with_overrides({"device": "CPU"})
 
 
-@pytest.mark.parametrize("key", ["sequence_parallel", "tensor_parallel", "pipeline_stages"])
-def test_workers_that_share_a_model_are_not_estimated(key: str) -> None:
-    with pytest.raises(ValueError, match="does not know workers that share a model"):
-        stage.run(PlanConfig().with_overrides({f"train_model.{key}": 2}))
+def test_workers_that_share_a_model_fill_whole_groups() -> None:
+    config = PlanConfig().with_overrides({"train_model.tensor_parallel": 2, "train_model.num_workers": 4})
+    with pytest.raises(ValueError, match="num_devices: 7 is no multiple of the 2 that share a model"):
+        stage.run(config.with_overrides({"num_devices": 7, "train_model.zero_stage": 1}))
+
+
+def test_the_table_of_a_pipeline() -> None:
+    changes = {"pipeline_stages": 4, "num_workers": 8, "zero_stage": 1, "global_batch_sequences": 64}
+    config = PlanConfig().with_overrides({f"train_model.{key}": value for key, value in changes.items()})
+    text = stage.run(config).text
+    assert "on 8 × A100-80GB, ZeRO-1, in the stage that takes most" in text
+    assert "a step              pipeline of 4 stages × 2 replicas: of 4 micro-batches" in text
