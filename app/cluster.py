@@ -56,8 +56,9 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
 # Without the second, Ray turns --node-ip-address=127.0.0.1 into the machine's outer address and listens there; a client
-# must have it too, before `import ray`.
-PRIVATE = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# must have it too, before `import ray`. Without the third, Ray reports what runs, and a driver that has used Ray Data
+# asks a Prometheus for figures to report every ten seconds, whether there is one or not.
+PRIVATE = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class LocalClusterConfig(Config):
@@ -255,7 +256,7 @@ def _command(config: LocalClusterConfig, temp_dir: Path, gcs_port: int, dashboar
         "object-store-memory": config.object_store_bytes,
         "temp-dir": temp_dir,
     }
-    flags = ["--head", "--block", "--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]
+    flags = ["--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
     return [sys.executable, "-m", "ray.scripts.scripts", "start", *flags]
 
 

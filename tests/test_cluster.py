@@ -1,4 +1,5 @@
 import stat
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -42,6 +43,18 @@ def test_the_local_cluster_is_private(cluster: LocalCluster) -> None:
     for name in ("token", "api_key", "env"):
         assert stat.S_IMODE((cluster.folder / name).stat().st_mode) == 0o600
     assert start_local(LocalClusterConfig(folder=str(cluster.folder))) == cluster
+
+
+@pytest.mark.ray
+def test_nothing_is_reported_of_what_runs(cluster: LocalCluster) -> None:
+    """Neither by the cluster nor by a driver, whose thread for it would go on to its end."""
+    import ray
+    from ray._common.usage.usage_lib import usage_stats_enabled
+
+    assert not usage_stats_enabled()
+    assert not ray.get(ray.remote(num_cpus=0)(usage_stats_enabled).remote())
+    ray.data.range(4).materialize()
+    assert "data-usage-metrics-poller" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.ray

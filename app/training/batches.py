@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -103,13 +104,16 @@ def open_blocks(tokens_uri: str, split: str, fingerprint: str, cache_dir: str) -
 
 
 def open_plan(config: TrainConfig) -> Plan:
-    """The order of a run's data, from the manifests of its tokens. Raises ValueError when they are not there."""
+    """The order of a run's data, from the manifests of its tokens. Raises ValueError when they are not there.
+
+    It depends on what was packed, not on where and when: a run repeated elsewhere takes the same rows in turn.
+    """
     tokens = read_tokens(config)
     counts: list[Any] = [manifest.figures["train"] for manifest in tokens]
-    digests = [manifest.digest for manifest in tokens]
+    packed = json.dumps([[manifest.files, manifest.figures] for manifest in tokens], sort_keys=True)
     return Plan(
         seed=config.seed,
-        fingerprint=digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest(),
+        fingerprint=hashlib.sha256(packed.encode()).hexdigest(),
         num_rows=counts[0]["blocks"],
         global_batch=config.global_batch_sequences,
         replay_rows=counts[1]["blocks"] if len(counts) > 1 else 0,

@@ -20,7 +20,7 @@ _CORPUS, _REPLAY = 0, 1
 
 @dataclass(frozen=True)
 class Plan:
-    """What the order of the data depends on. `fingerprint` is the digest of the tokens, in hexadecimal.
+    """What the order of the data depends on. `fingerprint` is that of the tokens, in hexadecimal.
 
     Rows of the corpus are 0..num_rows-1, those of the old corpus follow them.
     """

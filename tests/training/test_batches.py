@@ -1,6 +1,7 @@
 """Blocks are decoded once on a node, whole or not at all, and mapped by every process."""
 
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -17,7 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.records import TOKEN_BLOCK
-from app.training.batches import Blocks, open_blocks
+from app.training.batches import Blocks, open_blocks, open_plan
+from app.training.config import TrainConfig
+from tests.training import tiny
 
 FINGERPRINT = "0123456789abcdef" * 4
 CACHED = "0123456789abcdef-train"
@@ -36,6 +39,21 @@ def write_tokens(root: Path, files: list[list[list[int]]] = FILES) -> str:
         table = pa.Table.from_pydict({"input_ids": list(ids), "document_starts": starts}, TOKEN_BLOCK)
         pq.write_table(table, root / "tokens" / "train" / f"part-{index:05d}.parquet")
     return str(root / "tokens")
+
+
+def test_the_same_tokens_come_in_the_same_order_wherever_they_lie(tmp_path: Path) -> None:
+    """Their manifests differ, by time and place."""
+    plans = []
+    for name, hour in (("here", "01"), ("there", "02")):
+        tiny.write_inputs(tmp_path / name)
+        manifest = tmp_path / name / "tokens" / "manifest.json"
+        manifest.write_text(re.sub(r"T\d\d:", f"T{hour}:", manifest.read_text()))
+        plans.append(open_plan(TrainConfig.model_validate(tiny.config_of(tmp_path / name, tmp_path))))
+    assert plans[0] == plans[1]
+    assert '"created_at": "20' in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(f'"bytes": {tiny.HELD_OUT_BYTES}', '"bytes": 1'))
+    other = open_plan(TrainConfig.model_validate(tiny.config_of(tmp_path / "there", tmp_path)))
+    assert other.fingerprint != plans[1].fingerprint
 
 
 def assert_whole(blocks: Blocks) -> None:
