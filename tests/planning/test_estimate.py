@@ -287,9 +287,8 @@ def test_tokens_are_shared_and_states_over_all_workers() -> None:
     )
     assert (shared.weights, shared.gradients, shared.optimizer) == (alone.weights, alone.gradients, alone.optimizer)
     assert shared.logits == alone.logits / 4
-    assert (
-        shared.activations == alone.activations / 4 + 1024 * 32 * 2 * 4096
-    )  # the result, before tokens are traded back
+    traded = 1024 * 32 * 2 * 4096  # the result of its heads
+    assert shared.activations == alone.activations / 4 + traded
 
 
 @pytest.mark.parametrize(

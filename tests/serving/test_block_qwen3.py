@@ -127,7 +127,8 @@ def test_without_our_plugin_vllm_refuses(folder: Path) -> None:
 
 
 @pytest.mark.ray
-def test_the_endpoint_serves_it(cluster: LocalCluster, folder: Path) -> None:
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_the_endpoint_serves_it(cluster: LocalCluster, folder: Path, tmp_path: Path, eager: bool) -> None:
     """Ray Serve's replicas know the family, too, and compile it."""
     from ray import serve
 
@@ -138,11 +139,11 @@ def test_the_endpoint_serves_it(cluster: LocalCluster, folder: Path) -> None:
 
     publish(Manifest.draft("model", str(folder), RunConfig(), {}), {})
     document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    document["applications"][0]["args"] |= {"adapters": {"folder": ""}}
-    (folder / "serve.yaml").write_text(yaml.safe_dump(document))
-    settings = {"model_uri": str(folder), "serve_config": str(folder / "serve.yaml"), "port": cluster.endpoint_port}
+    document["applications"][0]["args"] |= {"adapters": {"folder": ""}, "enforce_eager": eager}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(document))
+    settings = {"model_uri": str(folder), "serve_config": str(tmp_path / "serve.yaml"), "port": cluster.endpoint_port}
     settings |= {"timeout_seconds": 600}
-    stage.run(DeployConfig.model_validate(settings | {"storage_uri": str(folder.parent / "deployed")}))
+    stage.run(DeployConfig.model_validate(settings | {"storage_uri": str(tmp_path)}))
     try:
         with openai.OpenAI(timeout=60, max_retries=0) as client:  # address and key from the cluster's environment
             for prompt in prompts():

@@ -236,7 +236,7 @@ def ledger_pid() -> int:
     return int(found.pid)
 
 
-@pytest.mark.parametrize("victim", ["replica", "engine's process"])
+@pytest.mark.parametrize("victim", ["replica", pytest.param("engine's process", marks=pytest.mark.long)])
 def test_a_killed_engine_fails_no_request_and_cuts_streams_cleanly(
     cluster: LocalCluster, web: Callable[[str], httpx.Client], victim: str
 ) -> None:

@@ -161,7 +161,8 @@ def test_the_bias_does_not_depend_on(trained: Path, continued: Path, tmp_path: P
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage_of_zero", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("stage_of_zero", [1, 3])
 def test_other_workers_go_on_with_the_bias(trained: Path, continued: Path, tmp_path: Path, stage_of_zero: int) -> None:
     """Two workers stop at step 2, one goes on: by way of a universal checkpoint."""
     changes = short(trained) | {"zero_stage": stage_of_zero}

@@ -125,7 +125,8 @@ def test_sharing_changes_nothing(inputs: Path, alone: Path, shared: Callable[[st
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [pytest.param("tokens", marks=pytest.mark.long), "matrices"])
+@pytest.mark.long
+@pytest.mark.parametrize("way", WAYS)
 def test_a_killed_worker_changes_nothing(
     cluster: LocalCluster, inputs: Path, shared: Callable[[str], Path], tmp_path: Path, way: str
 ) -> None:

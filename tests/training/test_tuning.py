@@ -177,6 +177,7 @@ def test_a_killed_adapter_run_submitted_again_changes_nothing(
         assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.long
 def test_an_adapter_run_goes_on_with_other_workers(inputs: Path, adapted: Path, tmp_path: Path) -> None:
     """From two workers to one, at the last checkpoint but one: the adapter differs by rounding only."""
     import torch
