@@ -71,6 +71,8 @@ def run(config: TrainConfig) -> Manifest:
     Raises ValueError when the inputs do not fit, checkpoints_uri holds another run, or a worker finds the user's
     mistake; SystemExit after a checkpoint when the job is told to end (SIGTERM).
     """
+    if config.offload_optimizer == "nvme":  # seen: a run trains to its end, and has no model then
+        raise ValueError("offload_optimizer nvme: weights that DeepSpeed keeps on a disk are not exported yet; use cpu")
     uri = config.resolve(config.output_uri)
     draft = Manifest.draft(config.kind, uri, config, read_inputs(config))
     if done := find_complete(draft, config.overwrite):

@@ -13,7 +13,7 @@ from app.artifacts import read_manifest
 from app.cluster import LocalCluster, LocalClusterConfig, start_local, stop_local
 from app.training import checkpoint, journal, stage
 from app.training.config import TrainConfig
-from tests.training.runs import assert_equal_runs, finish, kill_and_submit_again, start, wait_for_checkpoint
+from tests.training.runs import assert_equal_runs, finish, start, wait_for_checkpoint
 from tests.training.tiny import BLOCK_TOKENS, HELD_OUT_BYTES, VOCAB_SIZE, config_of, log_of, write_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -89,20 +89,6 @@ def test_a_lost_head_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
     finally:
         stop_local(tmp_path / "cluster")
     assert_equal_runs(tmp_path, undisturbed)
-
-
-@pytest.mark.long  # compiles DeepSpeed's file operator, which needs libaio-dev
-def test_states_kept_on_a_disk_go_on_bit_for_bit(undisturbed: Path, cluster: LocalCluster, tmp_path: Path) -> None:
-    """SIGKILL of the job: the files that hold the optimizer's states are a part of its checkpoints."""
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    for root in (calm, killed):
-        root.mkdir()
-    changes = {"offload_optimizer": "nvme", "nvme_dir": str(tmp_path / "disk")}
-    finish(start(calm, undisturbed, cluster, **changes))
-    kill_and_submit_again(killed, undisturbed, cluster, **changes)
-    assert_equal_runs(killed, calm)
-    losses = ([line["loss"] for line in log_of(root)] for root in (calm, undisturbed))
-    assert next(losses) == pytest.approx(next(losses), abs=1e-5)
 
 
 def test_a_job_that_is_told_to_end_leaves_a_checkpoint(

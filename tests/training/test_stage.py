@@ -4,7 +4,7 @@ import pytest
 
 from app.artifacts import Input, Manifest
 from app.training.config import TrainConfig
-from app.training.stage import RAY_RECORD, RECORD, open_run, summarize
+from app.training.stage import RAY_RECORD, RECORD, open_run, run, summarize
 
 
 def draft(digest: str = "a", **settings: object) -> Manifest:
@@ -29,6 +29,12 @@ def test_a_run_is_resumed_only_with_the_same_settings_and_data(tmp_path: Path) -
     (tmp_path / "checkpoints").mkdir()
     assert open_run(run, draft(seed=1), overwrite=True) != name
     assert [path.name for path in tmp_path.iterdir()] == [RECORD]
+
+
+def test_states_that_would_not_be_exported_are_refused(tmp_path: Path) -> None:
+    given = {"storage_uri": str(tmp_path), "offload_optimizer": "nvme", "nvme_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"offload_optimizer nvme: weights .* are not exported yet; use cpu"):
+        run(TrainConfig.model_validate(given))
 
 
 def test_workers_that_share_matrices_stay_as_many(tmp_path: Path) -> None:
