@@ -161,13 +161,14 @@ def measure_prefill(folder: str, runs: int) -> dict[str, float]:
     return found
 
 
-def cost(folder: Path, seeds: int) -> None:
+def cost(folder: Path, seeds: int, kinds: list[str]) -> None:
     """Train each family of four narrower layers on the demo's text; print the scores and what seeing less costs."""
     narrow = {"hidden_size": 128, "intermediate_size": 384, "num_layers": 4, "num_heads": 4, "num_key_value_heads": 2}
     print(f"{STEPS} steps of {2 * BLOCK_TOKENS} tokens in blocks of {BLOCK_TOKENS}, held-out bits per byte")
     with demo_training.cluster(folder / "cluster") as running:
         demo_corpus.prepare(folder, running, BLOCK_TOKENS)
-        for kind, family in PAIRS.items():
+        for kind in kinds:
+            family = PAIRS[kind]
             scores: list[list[float]] = []
             for name, model in list(family.items())[:2]:  # all see all, every 4th sees all
                 scores.append([])
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=default, help="models and corpus")
     parser.add_argument("--runs", type=int, default=5, help="turns; medians are printed")
     parser.add_argument("--train", type=int, default=0, metavar="SEEDS", help="train instead, so many seeds")
+    parser.add_argument("--kinds", nargs="+", choices=PAIRS, default=list(PAIRS), help="what to train")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -224,7 +226,7 @@ def main() -> None:
         return
     print(random_models.machine())
     if given.train:
-        cost(given.folder / "text", given.train)
+        cost(given.folder / "text", given.train, given.kinds)
     else:
         speed(given.folder, given.runs)
 

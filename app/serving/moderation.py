@@ -98,14 +98,12 @@ class Moderator:
         if not found:
             return Verdict("allow", text=text)
         masked, counts = mask_pii(text, policy.pii_mask)
-        if matches := self.lexicon(policy.categories).find(masked):  # beside a number they were a part of it
-            return blocked(matches)
         spans = tuple(Match(one.kind, one.start, one.end) for one in found)
         return Verdict("mask", tuple(sorted(counts)), spans, masked)
 
     def forbidden(self, text: str, policy: Policy) -> list[Match]:
-        """Phrases, and personal data of the kinds that refuse, in order."""
-        matches = self.lexicon(policy.categories).find(text)
+        """Phrases in the masked text, for that is what is passed on, and personal data of the kinds that refuse."""
+        matches = self.lexicon(policy.categories).find(mask_pii(text, policy.pii_mask)[0])
         if policy.pii_block:
             kinds = {*policy.pii_block, *policy.pii_mask}  # the longer of two wins, whatever becomes of it
             found = [one for one in find_pii(text, sorted(kinds)) if one.kind in policy.pii_block]

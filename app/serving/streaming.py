@@ -59,7 +59,11 @@ class HeldBack:
             return ""
         self._held += delta
         text = self._sent + self._held
-        cut = min(self._lexicon.alive_from(text), pii_alive_from(text, self._kinds))
+        numbers = pii_alive_from(text, self._kinds)
+        if numbers < len(text):  # a word that a number makes a part of another one stands alone beside a placeholder
+            alone = {*self._lexicon.find(text[:numbers])} - {*self._lexicon.find(text)}
+            numbers = min([numbers, *(one.start for one in alone)])
+        cut = min(self._lexicon.alive_from(text), numbers)
         return self._release(text, max(cut, len(self._sent)), is_last=False)
 
     def finish(self) -> str:
@@ -72,12 +76,11 @@ class HeldBack:
         begin = len(self._sent)
         found = [one for one in self._find_pii(text) if one.end > begin]
         cut = max(begin, min([cut, *(one.start for one in found if one.start < cut < one.end)]))
-        forbidden = [one for one in found if one.category in self._policy.pii_block]
-        cut = self._stop(cut, [*self._lexicon.find(text), *forbidden])
+        cut = self._stop(cut, [one for one in found if one.category in self._policy.pii_block])
         masked, cut = self._mask(text, cut)
-        if masked != text:  # a word beside a number was a part of it, and is none beside a placeholder
-            cut = cut if is_last else max(begin, min(cut, self._lexicon.alive_from(masked)))
-            cut = self._stop(cut, self._lexicon.find(masked))
+        if masked != text and not is_last:  # a word beside a number was a part of it, and is none beside a placeholder
+            cut = max(begin, min(cut, self._lexicon.alive_from(masked)))
+        cut = self._stop(cut, self._lexicon.find(masked))
         sent = masked[begin:cut]
         self._held = "" if self.blocked else masked[cut:]
         self._num_sent += len(sent)

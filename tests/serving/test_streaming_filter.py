@@ -100,6 +100,17 @@ def test_personal_data_is_never_sent_in_any_split(chunks: list[str], policy: Pol
     assert (sent, bool(blocked)) == (whole, bool(whole_blocked))
 
 
+@pytest.mark.parametrize("text", ["B@D\x1f13812345678", "好bad\u200b13812345678。"])
+def test_a_word_is_judged_as_it_stands_once_the_number_beside_it_is_masked(text: str) -> None:
+    assert MODERATOR.check_output(text, PERSONAL).action == "block"
+    for size in range(1, len(text) + 1):
+        sent, blocked = stream(cut(text, [size]), PERSONAL)
+        assert blocked is not None
+        assert sent.rstrip() in ("", "好")
+    harmless = text.replace("13812345678", "1381234")
+    assert stream(list(harmless), PERSONAL) == (harmless, None)
+
+
 @settings(max_examples=100, deadline=None)
 @given(in_pieces(st.sampled_from(NUMBERS), st.sampled_from(["。", "\n", " 和 ", "你好", "，电话", "end. "])))
 def test_a_stream_is_masked_as_the_whole_text_would_be(chunks: list[str]) -> None:
