@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "ZERO_TO_ONE_API_KEY"
 START_SECONDS = 90
+GAVE_UP = "Timed out waiting for node info"  # after 30 s, which no setting of Ray's changes
 STOP_SECONDS = 30
 # Of processes that run tasks: large arrays go back to the system as soon as they are freed (glibc would raise the size
 # from which they do with each one, Arrow's allocator keep what it had), and results above 4 KB go through Ray's store
@@ -174,13 +175,19 @@ def start_local(config: LocalClusterConfig) -> LocalCluster:
     if running := find_local(folder):
         return running
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("token", "api_key"):
-        _write_secret(folder / name, secrets.token_hex(32))
     with _one_start_at_a_time():
-        return _start(config, folder)
+        try:
+            return _start(config, folder)
+        except ValueError as error:
+            if GAVE_UP not in str(error):
+                raise
+            logger.warning("a part of Ray waited in vain for another, on a cold disk or busy cores; once more")
+            return _start(config, folder)
 
 
 def _start(config: LocalClusterConfig, folder: Path) -> LocalCluster:
+    for name in ("token", "api_key"):
+        _write_secret(folder / name, secrets.token_hex(32))
     temp_dir = Path("/tmp") / f"z21-{hashlib.sha256(str(folder).encode()).hexdigest()[:10]}"  # socket paths are short
     gcs_port, dashboard_port, endpoint_port = _free_ports(6379, config.dashboard_port, config.endpoint_port)
     command = _command(config, temp_dir, gcs_port, dashboard_port)

@@ -3,9 +3,9 @@
 The model has 31 million parameters in float32; two forward passes make a step. Tensors are counted by the storage that
 they share, after each backward pass; of each kind the most counts. Counts do not vary, peak memory and time do: their
 medians are printed. Activations are in the peak alone, and the second table has blocks long enough that they show. On a
-CPU an offloaded optimizer is in the same memory as before; what it costs in time is what is seen. The last table has
-workers that share a model, what autograd keeps of it too, and beside what was counted what the capacity plan says. No
-Ray: torchrun runs this file on every rank.
+CPU an offloaded optimizer is in the same memory as before; what it costs in time is what is seen. Of one on a
+disk the peak has the buffers that it comes through. The last table has workers that share a model, what autograd keeps
+of it too, and beside what was counted what the capacity plan says. No Ray: torchrun runs this file on every rank.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from typing import Any
 
 from competitors import demo_training
 
+DISK = Path.home() / ".cache" / "zero-to-one-benchmarks" / "disk"
 STAGES: dict[str, dict[str, Any]] = {f"ZeRO-{stage}": {"zero_stage": stage} for stage in (0, 1, 2, 3)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "ZeRO-3": {},
     "ZeRO-3, activation checkpointing": {"activation_checkpointing": True},
     "ZeRO-3, optimizer on the CPU": {"offload_optimizer": "cpu"},
+    "ZeRO-3, optimizer on a disk": {"offload_optimizer": "nvme", "nvme_dir": str(DISK)},
     "ZeRO-3, parameters on the CPU": {"offload_parameters": "cpu"},
     "ZeRO-1": {"zero_stage": 1},
     "ZeRO-1, activation checkpointing": {"zero_stage": 1, "activation_checkpointing": True},
@@ -143,6 +145,7 @@ def measure_rank(output: Path, changes: dict[str, Any], block_tokens: int) -> No
     import deepspeed
     import torch
 
+    from app.training import nvme
     from app.training.config import TrainConfig
     from app.training.engine import build
 
@@ -151,6 +154,8 @@ def measure_rank(output: Path, changes: dict[str, Any], block_tokens: int) -> No
     batch = {"micro_batch_sequences": MICRO_BATCH, "global_batch_sequences": GLOBAL_BATCH}
     config = TrainConfig.model_validate({"model": MODEL, "num_workers": RANKS} | batch | changes)
     shape = {"vocab_size": VOCAB_SIZE, "block_tokens": block_tokens, "end_of_text_id": 0}
+    if config.nvme_dir:
+        nvme.prepare()
     engine = build(config, shape, RANKS, use_gpu=False)
     most: dict[str, int] = {}
     seconds = []
@@ -164,6 +169,7 @@ def measure_rank(output: Path, changes: dict[str, Any], block_tokens: int) -> No
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda saved: saved.tensor):
         for _ in pass_through(engine, config, block_tokens):
             pass
+    nvme.clear(engine)
     figures = most | {"total": sum(most.values()), "peak memory": peak, "activations": kept.most}
     demo_training.answer(output, figures | {"seconds": statistics.median(seconds[1:])})
 

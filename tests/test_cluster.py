@@ -1,4 +1,5 @@
 import stat
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from app import cluster
 from app.cluster import LocalCluster, LocalClusterConfig, find_local, start_local, stop_local
 from tests.listening import assert_private
 
@@ -32,6 +34,21 @@ def test_a_dead_process_or_a_reused_pid_is_not_our_cluster(tmp_path: Path) -> No
     assert find_local(tmp_path) is None
     assert stop_local(tmp_path) is False
     assert not (tmp_path / "cluster.json").exists()
+
+
+@pytest.mark.parametrize(("said", "times"), [(f"{cluster.GAVE_UP} for node_id=1.", 2), ("no such option", 1)])
+def test_a_slow_start_is_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, times: int) -> None:
+    starts = []
+
+    def command(*given: object) -> list[str]:
+        starts.append(given)
+        return [sys.executable, "-c", f"print({said!r}); raise SystemExit(1)"]
+
+    monkeypatch.setattr(cluster, "_command", command)
+    with pytest.raises(ValueError, match=rf"(?s)did not start .*{said}"):
+        start_local(LocalClusterConfig(folder=str(tmp_path)))
+    assert len(starts) == times
+    assert not (tmp_path / "token").exists()
 
 
 @pytest.mark.ray

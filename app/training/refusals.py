@@ -67,13 +67,6 @@ def _bfloat16_without_zero(config: TrainConfig, devices: Devices) -> Refusal | N
     return None
 
 
-def _elastic_with_nvme(config: TrainConfig, devices: Devices) -> Refusal | None:
-    if config.offload_optimizer == "nvme" and 0 < config.min_workers < config.num_workers:
-        reason = "min_workers with offload_optimizer nvme: states on a node's disk do not move to other workers"
-        return Refusal(reason, "min_workers", 0)
-    return None
-
-
 def _gpu_attention_on_cpu(config: TrainConfig, devices: Devices) -> Refusal | None:
     if config.attention in ("flash_attention_2", "flex_attention") and devices.kind == "cpu":
         return Refusal(f"attention {config.attention}: has no backward pass on a CPU", "attention", "sdpa")
@@ -247,7 +240,6 @@ RULES: tuple[Rule, ...] = (
     _offload_without_zero,
     _offload_below_zero_3,
     _bfloat16_without_zero,
-    _elastic_with_nvme,
     _gpu_attention_on_cpu,
     _flash_attention_in_float32,
     _4bit_under_zero_3,

@@ -24,7 +24,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 from app import storage
-from app.training import checkpoint
+from app.training import checkpoint, nvme
 from app.training.checkpoint import CheckpointManifest, FileStamp
 
 POLL_SECONDS = 0.05
@@ -52,10 +52,9 @@ class Saver:
         """
         if not self.settle():
             return
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, nvme.whole(self._engine, changes=False):
             self._engine.save_checkpoint(scratch, draft.name, save_latest=False, exclude_frozen_parameters=True)
             states = self._memory.take(scratch)
-            states |= {path: Path(scratch, path).read_bytes() for path in _swapped_files(scratch)}
         self._thread = threading.Thread(target=self._write, args=(draft, states), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -78,7 +77,7 @@ class Saver:
             part: dict[str, FileStamp] = {}
             for path in list(states):
                 with checkpoint.open_stamped(uri, part, path.split("/", 1)[1]) as target:
-                    _serialise(states.pop(path), target)
+                    torch.save(states.pop(path), target)  # type: ignore[arg-type]  # it writes, and torch asks no more
             checkpoint.write_part(uri, self._rank, part)
             while self._rank == 0 and not checkpoint.publish(self._run_uri, draft):
                 if self._left.wait(POLL_SECONDS):
@@ -114,7 +113,8 @@ def _load(engine: Any, root: str, name: str, is_universal: bool) -> None:
         engine._config.load_universal_checkpoint = is_universal  # DeepSpeed takes it from the config; it varies here
         groups = [_settings(group) for group in engine.optimizer.param_groups]
         is_whole = all(parameter.requires_grad for parameter in engine.module.parameters())
-        path, _ = engine.load_checkpoint(str(local.parent), tag=local.name, load_module_strict=is_whole)
+        with nvme.whole(engine, changes=True):
+            path, _ = engine.load_checkpoint(str(local.parent), tag=local.name, load_module_strict=is_whole)
     if path is None:
         raise ValueError(f"{root}/{name}: cannot be resumed from; delete it to use the one before")
     if is_universal:
@@ -199,16 +199,3 @@ def _copy(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_copy(item) for item in value)
     return value
-
-
-def _serialise(state: Any, target: Any) -> None:
-    if isinstance(state, bytes):
-        target.write(state)
-    else:
-        torch.save(state, target)
-
-
-def _swapped_files(scratch: str) -> list[str]:
-    """Files that DeepSpeed wrote itself: optimizer states kept on NVMe. Its recovery scripts are not wanted."""
-    files = (path for path in Path(scratch).rglob("*") if path.is_file())
-    return [os.path.relpath(path, scratch) for path in files if path.suffix != ".py"]

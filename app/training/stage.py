@@ -71,8 +71,6 @@ def run(config: TrainConfig) -> Manifest:
     Raises ValueError when the inputs do not fit, checkpoints_uri holds another run, or a worker finds the user's
     mistake; SystemExit after a checkpoint when the job is told to end (SIGTERM).
     """
-    if config.offload_optimizer == "nvme":  # seen: a run trains to its end, and has no model then
-        raise ValueError("offload_optimizer nvme: weights that DeepSpeed keeps on a disk are not exported yet; use cpu")
     uri = config.resolve(config.output_uri)
     draft = Manifest.draft(config.kind, uri, config, read_inputs(config))
     if done := find_complete(draft, config.overwrite):
@@ -87,6 +85,7 @@ def run(config: TrainConfig) -> Manifest:
     clear(uri)
     run_uri = config.resolve(config.checkpoints_uri)
     run_name = open_run(run_uri, draft, config.overwrite)
+    refuse_other_order(run_uri, open_plan(config).fingerprint)
     job: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "run_uri": run_uri,
@@ -164,6 +163,16 @@ def open_run(run_uri: str, draft: Manifest, overwrite: bool) -> str:
     name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     record.write(run_uri, RECORD, now | {"name": name})
     return name
+
+
+def refuse_other_order(run_uri: str, fingerprint: str) -> None:
+    """Raises ValueError for a run that took its data in another order: it would meet some of it twice, some never."""
+    for newest in checkpoint.find_complete(run_uri)[:1]:
+        if newest.fingerprint != fingerprint:
+            raise ValueError(
+                f"checkpoints_uri: {run_uri} took its data in the order of {newest.fingerprint[:12]}…, which is now "
+                f"{fingerprint[:12]}…: another version began it; finish it with that one, or begin anew with overwrite"
+            )
 
 
 def _forget_damaged_snapshot(run_uri: str) -> None:

@@ -18,7 +18,7 @@ import ray.train
 import torch
 
 from app import logs
-from app.training import adapter, checkpoint, export, held_out, pipeline, preference, restart, saver, sharing
+from app.training import adapter, checkpoint, export, held_out, nvme, pipeline, preference, restart, saver, sharing
 from app.training.batches import PAIRS, Blocks, open_plan, open_train_blocks, read_tokens
 from app.training.checkpoint import CheckpointManifest
 from app.training.config import TrainConfig
@@ -79,7 +79,10 @@ class Worker:
         sources = open_train_blocks(config)
         start = restart.choose(run_uri, rank, world_size)
         shape = job["vocabulary"] | {"block_tokens": sources[0].block_tokens}
-        engine = build(config, shape, world_size, use_gpu)
+        if config.nvme_dir:
+            nvme.prepare()
+        own = {"nvme_dir": f"{config.nvme_dir}/{job['run_name']}"} if config.nvme_dir else {}
+        engine = build(config.with_overrides(own), shape, world_size, use_gpu)
         built = time.time()
         if start.manifest:
             logger.info("resuming after step %d", start.step)
@@ -327,6 +330,7 @@ class Worker:
     def _close(self) -> None:
         self.signals.close()
         self.telemetry.finish()
+        nvme.clear(self.engine)
 
     def _retire(self) -> None:
         """Keep the newest, the best, and those that are still to be scored."""

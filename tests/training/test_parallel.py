@@ -111,7 +111,6 @@ def test_what_is_refused_has_a_nearest_plan_that_works(chosen: dict[str, Any], d
         ({"zero_stage": 2, "tensor_parallel": 2, "model": DEEPSEEK}, Devices(), {"tensor_parallel": 1}),
         ({"zero_stage": 1, "pipeline_stages": 2, "model": DEEPSEEK}, Devices(), {"pipeline_stages": 1}),
         ({"sequence_parallel": 2, "model": DEEPSEEK}, Devices(), {"sequence_parallel": 1}),
-        ({"min_workers": 1, "offload_optimizer": "nvme"}, Devices("gpu", 4), {"min_workers": 0}),
         ({"sequence_parallel": 4}, Devices("gpu", 4), {}),
         ({"sequence_parallel": 3}, Devices(), {"sequence_parallel": 2}),
         ({"sequence_parallel": 2, "document_masking": True}, Devices(), {"sequence_parallel": 1}),

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from app.artifacts import Input, Manifest
+from app.training.checkpoint import MANIFEST_NAME, CheckpointManifest
 from app.training.config import TrainConfig
-from app.training.stage import RAY_RECORD, RECORD, open_run, run, summarize
+from app.training.stage import RAY_RECORD, RECORD, open_run, refuse_other_order, summarize
 
 
 def draft(digest: str = "a", **settings: object) -> Manifest:
@@ -31,10 +32,18 @@ def test_a_run_is_resumed_only_with_the_same_settings_and_data(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == [RECORD]
 
 
-def test_states_that_would_not_be_exported_are_refused(tmp_path: Path) -> None:
-    given = {"storage_uri": str(tmp_path), "offload_optimizer": "nvme", "nvme_dir": str(tmp_path)}
-    with pytest.raises(ValueError, match=r"offload_optimizer nvme: weights .* are not exported yet; use cpu"):
-        run(TrainConfig.model_validate(given))
+def test_a_run_whose_data_had_another_order_is_refused(tmp_path: Path) -> None:
+    refuse_other_order(str(tmp_path), "b" * 64)
+    for step, fingerprint in ((10, "b" * 64), (20, "a" * 64)):
+        one = CheckpointManifest(
+            step=step, attempt=1, world_size=1, zero_stage=3, fingerprint=fingerprint, tokens=0, versions={}, config={}
+        )
+        folder = tmp_path / "checkpoints" / one.name
+        folder.mkdir(parents=True)
+        (folder / MANIFEST_NAME).write_text(one.model_dump_json())
+    refuse_other_order(str(tmp_path), "a" * 64)
+    with pytest.raises(ValueError, match="in the order of aaaaaaaaaaaa…, which is now bbbbbbbbbbbb…"):
+        refuse_other_order(str(tmp_path), "b" * 64)
 
 
 def test_workers_that_share_matrices_stay_as_many(tmp_path: Path) -> None:
