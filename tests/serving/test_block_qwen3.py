@@ -129,7 +129,7 @@ def test_without_our_plugin_vllm_refuses(folder: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_the_endpoint_serves_it(cluster: LocalCluster, folder: Path, tmp_path: Path, eager: bool) -> None:
-    """Ray Serve's replicas know the family, too, and compile it."""
+    """Ray Serve's replicas know the family, too; compiled in `make test-long`."""
     from ray import serve
 
     from app.artifacts import Manifest, publish

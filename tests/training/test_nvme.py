@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from app.cluster import LocalCluster
-from app.training import stage
+from app.training import nvme, stage
 from app.training.config import TrainConfig
 from tests.training.runs import assert_equal_runs, finish, start
 from tests.training.tiny import config_of, log_of, write_inputs
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_layers": 2, "num_heads": 4, "num_key_value_heads": 4}
 SETTINGS: dict[str, Any] = {
     "model": SIZES,  # of its two groups DeepSpeed keeps matrices in files, and the others, below a MiB, in memory
@@ -39,6 +38,17 @@ def on_disk(root: Path) -> dict[str, Any]:
     return SETTINGS | {"offload_optimizer": "nvme", "nvme_dir": str(root / "disk")}
 
 
+def test_a_machine_that_cannot_compile_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    with pytest.raises(ValueError, match="offload_optimizer nvme: needs libaio's headers"):
+        nvme.prepare()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.long
 def test_states_on_a_disk_change_nothing(in_memory: Path, cluster: LocalCluster, tmp_path: Path) -> None:
     job = start(tmp_path, in_memory, cluster, **on_disk(tmp_path))
     while not {path.parent.name for path in (tmp_path / "disk").rglob("exp_avg*.swp")} >= {"rank0", "rank1"}:
@@ -49,6 +59,9 @@ def test_states_on_a_disk_change_nothing(in_memory: Path, cluster: LocalCluster,
     assert not any((tmp_path / "disk").iterdir())  # its files are gone with it
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_run_goes_on_from_its_files(in_memory: Path, cluster: LocalCluster, tmp_path: Path) -> None:
     """On as many workers bit for bit, on another number with the same losses, and without a disk."""
     first, alone, moved = (tmp_path / name for name in ("first", "alone", "moved"))
