@@ -33,11 +33,13 @@ def prepare() -> None:
     if not builder.is_compatible(verbose=False):
         raise ValueError("offload_optimizer nvme: needs libaio's headers (Debian: libaio-dev) and a C++ compiler")
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # another ninja compiles anew
+    if os.access(sys.prefix, os.W_OK):  # so does another environment, in the folder that all share by default
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
     folder = Path(cpp_extension._get_build_directory(builder.name, False))
     with (folder.parent / "compiling").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # is gone with its process, unlike the lock that torch leaves when killed
-        for left in folder.parent.glob("*/lock"):
-            left.unlink()
+        fcntl.flock(file, fcntl.LOCK_EX)  # is gone with its process, unlike the locks that torch leaves when killed
+        for name in (builder.name, "pin_memory"):
+            (folder.parent / name / "lock").unlink(missing_ok=True)
         if not (folder / f"{builder.name}.so").exists():
             logger.info("compiling DeepSpeed's file operators in %s, once: some minutes", folder)
         builder.load(verbose=False)
