@@ -332,6 +332,8 @@ class TrainConfig(RunConfig):
             raise ValueError("adapter.merge, adapter.load_in_4bit: there is no adapter; set adapter.rank")
         if (self.offload_optimizer == "nvme") != bool(self.nvme_dir):
             raise ValueError("offload_optimizer nvme and nvme_dir belong together: set both or none")
+        if self.nvme_dir and not self.nvme_dir.startswith("/"):
+            raise ValueError(f"nvme_dir: {self.nvme_dir!r} must be absolute: workers run in folders of their own")
         return self
 
     @property

@@ -38,6 +38,19 @@ def on_disk(root: Path) -> dict[str, Any]:
     return SETTINGS | {"offload_optimizer": "nvme", "nvme_dir": str(root / "disk")}
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"offload_optimizer": "nvme"}, "belong together"),
+        ({"nvme_dir": "/disk"}, "belong together"),
+        ({"offload_optimizer": "nvme", "nvme_dir": "disk"}, "nvme_dir: 'disk' must be absolute"),
+    ],
+)
+def test_the_folder_is_given_with_the_setting_and_whole(given: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TrainConfig.model_validate(given)
+
+
 def test_a_machine_that_cannot_compile_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
