@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from app.planning.parts import Part, parts_of
 from app.training.config import ModelConfig, TrainConfig
 from app.training.sizes import Parameters, chunk_tokens, count_parameters, flops_per_token, seen_tokens
+from app.training.zero import SUB_GROUP_ELEMENTS
 
 GIB = 1 << 30
-_LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters and sub_group_size
+_LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 _TILE_ROWS = 64  # app/block_attention.py's; that it is imports torch
 _INT4_BYTES = 0.5 + 2.5 / 128  # 4 bits, and of each group of 128 a 16-bit scale and a 4-bit zero point
 
@@ -110,7 +111,7 @@ def _update(config: TrainConfig, total: int, num_devices: int) -> float:
     if not config.zero_stage or config.offload_optimizer != "none":
         return 0.0
     shard = total / num_devices
-    return 4 * (min(shard, _LIVE_ELEMENTS) if config.zero_stage == 3 else shard)
+    return 4 * (min(shard, SUB_GROUP_ELEMENTS) if config.zero_stage == 3 else shard)
 
 
 def activation_bytes_per_token(part: Part, shape: Shape) -> float:

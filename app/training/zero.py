@@ -10,6 +10,8 @@ from typing import Any
 
 from app.training.config import TrainConfig
 
+SUB_GROUP_ELEMENTS = 100_000_000  # that ZeRO-3 updates at a time: with a disk it has five buffers in memory for so many
+
 
 def deepspeed_config(config: TrainConfig, world_size: int, use_gpu: bool) -> dict[str, Any]:
     """What `deepspeed.initialize` takes. Buckets follow the model's width, so that a small model stays small."""
@@ -19,6 +21,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, use_gpu: bool) -> dic
         "overlap_comm": use_gpu and config.pipeline_stages == 1,  # its hooks would reduce before the last micro-batch
         "contiguous_gradients": True,
         "reduce_bucket_size": max(elements, 1_000_000),
+        "sub_group_size": SUB_GROUP_ELEMENTS,  # alike with a disk and without: a checkpoint is in these parts
         "stage3_prefetch_bucket_size": max(elements, 1_000_000),
         "stage3_param_persistence_threshold": 10 * config.model.hidden_size,  # norms stay whole, matrices do not
         "memory_efficient_linear": use_gpu,  # a linear layer in Python: the same numbers, a third slower on a CPU
