@@ -92,7 +92,8 @@ class Killer:
             victim.suspend()  # what it is doing is what it is killed at
             doing = "writing" if is_writing(self.run) else "stepping" if is_stepping(self.run) else "starting"
             if moment == "writing" and doing != "writing":  # the checkpoint was complete before
-                return victim.resume()
+                victim.resume()
+                return self.kill(moment)  # the next one; the moment after this waits for what a kill brings
             victim.kill()
         except (psutil.NoSuchProcess, IndexError):
             return  # they went with the group of the kill before
