@@ -85,7 +85,8 @@ class Moderator:
         return [_masked(message, policy) for message in messages] if policy.pii_mask else [*map(dict, messages)]
 
     def _check(self, text: str, policy: Policy) -> Verdict:
-        matches = self.forbidden(text, policy)
+        masked, counts = mask_pii(text, policy.pii_mask)
+        matches = self._forbidden(text, masked, policy)
         if policy.semantics and not matches and self._classifier:
             category, probability = self._classifier.judge(text)
             if probability >= policy.semantics_threshold and (
@@ -94,16 +95,17 @@ class Moderator:
                 return Verdict("block", (category,))
         if matches:
             return blocked(matches)
-        found = find_pii(text, policy.pii_mask)
-        if not found:
+        if not counts:
             return Verdict("allow", text=text)
-        masked, counts = mask_pii(text, policy.pii_mask)
-        spans = tuple(Match(one.kind, one.start, one.end) for one in found)
+        spans = tuple(Match(one.kind, one.start, one.end) for one in find_pii(text, policy.pii_mask))
         return Verdict("mask", tuple(sorted(counts)), spans, masked)
 
     def forbidden(self, text: str, policy: Policy) -> list[Match]:
         """Phrases in the masked text, for that is what is passed on, and personal data of the kinds that refuse."""
-        matches = self.lexicon(policy.categories).find(mask_pii(text, policy.pii_mask)[0])
+        return self._forbidden(text, mask_pii(text, policy.pii_mask)[0], policy)
+
+    def _forbidden(self, text: str, masked: str, policy: Policy) -> list[Match]:
+        matches = self.lexicon(policy.categories).find(masked)
         if policy.pii_block:
             kinds = {*policy.pii_block, *policy.pii_mask}  # the longer of two wins, whatever becomes of it
             found = [one for one in find_pii(text, sorted(kinds)) if one.kind in policy.pii_block]
